@@ -1,0 +1,145 @@
+"""Start the tools in a guest, and run workloads whose connections are known to the last column."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+import pytest
+
+TOP = pathlib.Path(__file__).parents[2]
+IPV4, IPV6 = "192.0.2.10", "2001:db8::10"  # on a dummy interface
+DEADLINE = 900  # seconds until a tool that shows no header is held to be stuck: a guard, not a measure
+
+
+def pytest_sessionstart(session):
+    """Addresses from the documentation ranges; kernel headers hidden, where there are any."""
+    for command in (
+        "link add docs0 type dummy",
+        f"address add {IPV4}/24 dev docs0",
+        f"address add {IPV6}/64 dev docs0 nodad",
+        "link set docs0 up",
+    ):
+        subprocess.run(["ip", *command.split()], check=True)
+    if headers():
+        hide(headers())
+
+
+def headers():
+    """The folder in which this kernel's headers are, or None."""
+    build = pathlib.Path(f"/lib/modules/{os.uname().release}/build")
+    return (
+        build.resolve()
+        if (build / "include").exists() or build.is_symlink() and build.exists()
+        else None
+    )
+
+
+def hide(folder):
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(folder)], check=True)
+
+
+def show(folder):
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+class Tool:
+    """A tool that is starting. Its output goes to files, so that it never waits for this reader."""
+
+    def __init__(self, folder, command, env):
+        name, *args = command.split()
+        self.out, self.err = folder / "out", folder / "err"
+        with self.out.open("wb") as out, self.err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [TOP / name, *args], stdout=out, stderr=err, env=env
+            )
+
+    def wait_for_header(self):
+        deadline = time.monotonic() + DEADLINE
+        while b"\n" not in self.out.read_bytes():
+            assert self.process.poll() is None, self.err.read_text()
+            assert time.monotonic() < deadline, "no header"
+            time.sleep(0.05)
+
+    def rows(self):
+        """What it has printed below the header."""
+        return self.out.read_text().splitlines()[1:]
+
+    def stop(self, signum=signal.SIGINT):
+        """Its rows, after it has ended well."""
+        self.process.send_signal(signum)
+        assert self.process.wait(DEADLINE) == 0, self.err.read_text()
+        return self.rows()
+
+    def way(self):
+        """Which way it traces: fexit, kprobe or headers."""
+        return next(
+            line.split()[1].rstrip(":")
+            for line in self.err.read_text().splitlines()
+            if "attached" in line
+        )
+
+    def complaints(self):
+        """What it said on stderr beside what TCPTRACE_DEBUG makes it say."""
+        said = [
+            line for line in self.err.read_text().splitlines() if line.startswith("tcp")
+        ]
+        return [line for line in said if not line.endswith(": attached")]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(*commands, **environment) gives a tracing Tool of each command line; none outlives the test."""
+    tools = []
+
+    def start_tools(*commands, **env):
+        new = []
+        for command in commands:
+            folder = tmp_path / f"tool{len(tools)}"
+            folder.mkdir()
+            new.append(
+                Tool(folder, command, {**os.environ, "TCPTRACE_DEBUG": "1", **env})
+            )
+            tools.append(new[-1])
+        for tool in new:
+            tool.wait_for_header()
+        return new
+
+    yield start_tools
+    for tool in tools:
+        if tool.process.poll() is None:
+            tool.process.kill()
+            tool.process.wait()
+
+
+class Worker:
+    """A process named comm that runs function(*args); report() waits for its end and gives what it returned."""
+
+    def __init__(self, comm, function, *args):
+        reader, writer = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                os.close(reader)
+                pathlib.Path("/proc/self/comm").write_bytes(comm)
+                os.write(writer, json.dumps(function(*args)).encode())
+                status = 0
+            finally:
+                os._exit(status)
+        os.close(writer)
+        self.pipe = reader
+
+    def report(self):
+        with open(self.pipe) as pipe:
+            text = pipe.read()
+        _, status = os.waitpid(self.pid, 0)
+        assert status == 0, "the worker failed"
+        return json.loads(text)
+
+
+def row(pid, comm, ip, address, other, port):
+    """A row as the tools print it: the seed's layout."""
+    return f"{pid:<7} {comm:<12} {ip:<2} {address:<16} {other:<16} {port}"

@@ -1,0 +1,514 @@
+"""Both tools against known traffic on this guest's own kernel. Every count of connections is a prime number."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import random
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import DEADLINE, IPV4, IPV6, TOP, Worker, headers, hide, row, show
+
+MAPPED = f"::ffff:{IPV4}"
+TOOLS = ("tcpconnect", "tcpaccept")
+
+
+def listener(family, address, backlog=128):
+    server = socket.socket(family)
+    if family == socket.AF_INET6:
+        server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    server.bind((address, 0))
+    server.listen(backlog)
+    return server
+
+
+def plain(address):
+    return address.replace("::ffff:", "")
+
+
+def ends(sock):
+    """[IP version on the wire, local address, remote address, local port, remote port] as the socket tells them."""
+    local, remote = sock.getsockname(), sock.getpeername()
+    ip = 6 if ":" in plain(remote[0]) else 4
+    return [ip, plain(local[0]), plain(remote[0]), local[1], remote[1]]
+
+
+def serve(servers, count):
+    """Accept `count` connections from several listeners, each greeted and closed; their ends in order."""
+    told = []
+    while len(told) < count:
+        for server in select.select(servers, [], [])[0]:
+            with server.accept()[0] as connection:
+                told.append(ends(connection))
+                connection.sendall(b".")
+    return told
+
+
+def connect_to(targets):
+    """Connect to (family, address, port) after (family, address, port), each accepted before the next; their ends."""
+    told = []
+    for family, address, port in targets:
+        with socket.socket(family) as client:
+            client.connect((address, port))
+            told.append(ends(client))
+            client.recv(1)
+    return told
+
+
+def make_noise(count):
+    """What must not show: UDP and unix sockets connected, unix sockets accepted, TCP connects that fail at once."""
+    for _ in range(count):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            udp.connect((IPV4, 53))
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as udp:
+            udp.connect((IPV6, 53))
+        with (
+            socket.socket(socket.AF_UNIX) as server,
+            socket.socket(socket.AF_UNIX) as client,
+        ):
+            server.bind("")
+            server.listen()
+            client.connect(server.getsockname())
+            server.accept()[0].close()
+        for family, address in (
+            (socket.AF_INET, "203.0.113.1"),
+            (socket.AF_INET6, "2001:db8:ffff::1"),
+        ):
+            with socket.socket(family) as tcp:
+                assert tcp.connect_ex((address, 9)) == errno.ENETUNREACH
+
+
+def run_mixed_traffic():
+    """23 IPv4, 19 IPv6 and 7 IPv4-mapped connections in mixed order, among noise: (connect rows, accept rows)."""
+    servers = [
+        listener(socket.AF_INET, IPV4),
+        listener(socket.AF_INET6, IPV6),
+        listener(socket.AF_INET6, "::"),
+    ]
+    ports = [server.getsockname()[1] for server in servers]
+    targets = [(socket.AF_INET, IPV4, ports[0])] * 23 + [
+        (socket.AF_INET6, IPV6, ports[1])
+    ] * 19
+    targets += [(socket.AF_INET6, MAPPED, ports[2])] * 7
+    random.Random(49).shuffle(targets)
+    server = Worker(b"server", serve, servers, len(targets))
+    noise = Worker(b"noise", make_noise, 5)
+    client = Worker(b"client", connect_to, targets)
+    connects = [
+        row(client.pid, "client", ip, s, d, dport)
+        for ip, s, d, _, dport in client.report()
+    ]
+    accepts = [
+        row(server.pid, "server", ip, r, local, lport)
+        for ip, local, r, lport, _ in server.report()
+    ]
+    noise.report()
+    for sock in servers:
+        sock.close()
+    assert len(connects) == len(accepts) == 49
+    return connects, accepts
+
+
+def probed_functions():
+    """The kernel functions that have a kprobe."""
+    lines = pathlib.Path("/sys/kernel/debug/kprobes/list").read_text().splitlines()
+    return {line.split()[2].partition("+")[0] for line in lines}
+
+
+def program_ids():
+    """IDs of all BPF programs that are loaded."""
+    lines = subprocess.run(
+        ["bpftool", "prog", "list"], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    return {line.partition(":")[0] for line in lines.splitlines() if line[:1].isdigit()}
+
+
+@pytest.mark.parametrize("way", ["fexit", "kprobe"])
+def test_every_connection_once(start, way):
+    tools = start(*TOOLS, TCPTRACE_WAY=way)
+    assert [tool.way() for tool in tools] == [way, way]
+    hooks = {
+        "tcp_v4_connect",
+        "tcp_v6_connect",
+        "inet_csk_accept",
+        "security_sock_graft",
+    }
+    assert probed_functions() & hooks == (hooks if way == "kprobe" else set())
+    connects, accepts = run_mixed_traffic()
+    assert tools[0].stop(signal.SIGINT) == connects
+    assert tools[1].stop(signal.SIGTERM) == accepts
+    assert (
+        tools[0]
+        .out.read_text()
+        .startswith("PID     COMM         IP SADDR            DADDR            DPORT\n")
+    )
+    assert (
+        tools[1]
+        .out.read_text()
+        .startswith("PID     COMM         IP RADDR            LADDR            LPORT\n")
+    )
+    assert [tool.complaints() for tool in tools] == [[], []]
+
+
+def test_fexit_is_the_first_choice_and_leaves_nothing_behind(start):
+    before = program_ids()
+    folders = set(os.listdir("/tmp"))
+    tools = start(*TOOLS)
+    assert [tool.way() for tool in tools] == ["fexit", "fexit"]
+    assert len(program_ids() - before) == 4
+    assert set(os.listdir("/tmp")) == folders
+    tools[0].stop()
+    tools[1].process.kill()
+    tools[1].process.wait()
+    assert program_ids() <= before
+
+
+def test_layout_from_kernel_headers(start):
+    """With BTF hidden. One release has headers; it is slow."""
+    if not headers():
+        pytest.skip("the kernel's headers are not installed in this guest")
+    show(headers())
+    hide("/sys/kernel/btf")
+    try:
+        tools = start(*TOOLS)
+        assert [tool.way() for tool in tools] == ["headers", "headers"]
+        connects, accepts = run_mixed_traffic()
+        assert [tool.stop() for tool in tools] == [connects, accepts]
+    finally:
+        show("/sys/kernel/btf")
+        hide(headers())
+
+
+def failure(name, *args):
+    """(exit status, stderr) of a tool that should end by itself; its stdout must stay empty."""
+    done = subprocess.run(
+        [*args, TOP / name],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_neither_btf_nor_headers(name):
+    hide("/sys/kernel/btf")
+    try:
+        status, said = failure(name)
+    finally:
+        show("/sys/kernel/btf")
+    assert status == 1
+    assert said.startswith(
+        f"{name}: error: no usable BTF (/sys/kernel/btf/vmlinux) and no kernel headers: install "
+    )
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_unprivileged(name):
+    assert failure(
+        name, "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"
+    ) == (
+        1,
+        f"{name}: error: needs root: try sudo {name}\n",
+    )
+
+
+def test_no_ipv6_function(start, tmp_path):
+    """A bcc whose kernel has no tcp_v6_connect."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from bcc import BPF\n"
+        "real = BPF.attach_kprobe\n"
+        "def attach_kprobe(self, event, **rest):\n"
+        "    if event == 'tcp_v6_connect':\n"
+        "        raise Exception('Failed to attach')\n"
+        "    return real(self, event=event, **rest)\n"
+        "BPF.attach_kprobe = attach_kprobe\n"
+    )
+    (tool,) = start("tcpconnect", TCPTRACE_WAY="kprobe", PYTHONPATH=str(tmp_path))
+    connects, _ = run_mixed_traffic()
+    assert tool.stop() == [line for line in connects if IPV6 not in line]
+    assert tool.complaints() == [
+        "tcpconnect: no tcp_v6_connect in this kernel: tracing IPv4 only"
+    ]
+
+
+def connect_in_threads(port, count, go):
+    """Connect `count` times, each in a thread of its own; the local ports, and waits before that until told."""
+    os.read(go, 1)
+    ports = []
+
+    def connect():
+        with socket.create_connection((IPV4, port)) as client:
+            ports.append(client.getsockname()[1])
+            client.recv(1)
+
+    for _ in range(count):
+        thread = threading.Thread(target=connect)
+        thread.start()
+        thread.join()
+    return ports
+
+
+@pytest.mark.parametrize("way", ["fexit", "kprobe"])
+def test_pid_is_a_process_not_a_thread(start, way):
+    server = listener(socket.AF_INET, IPV4)
+    port = server.getsockname()[1]
+    go, tell = os.pipe()
+    wanted = Worker(b"wanted", connect_in_threads, port, 11, go)
+    other = Worker(b"other", connect_in_threads, port, 13, go)
+    acceptor = Worker(b"acceptor", serve, [server], 24)
+    connects, accepts, nobody = start(
+        f"tcpconnect -p {wanted.pid}",
+        f"tcpaccept --pid {acceptor.pid}",
+        f"tcpaccept -p {other.pid}",
+        TCPTRACE_WAY=way,
+    )
+    os.write(tell, b"..")
+    assert (
+        len(wanted.report()) == 11
+        and len(other.report()) == 13
+        and len(acceptor.report()) == 24
+    )
+    rows = connects.stop()
+    assert len(rows) == 11 and all(
+        line.startswith(f"{wanted.pid:<7} ") for line in rows
+    )
+    assert len(accepts.stop()) == 24
+    assert nobody.stop() == []
+
+
+def take_turns(cpu, family, address, port, count, my_turn, your_turn):
+    """Connect `count` times from one CPU, in turns with another process."""
+    os.sched_setaffinity(0, {cpu})
+    for _ in range(count):
+        os.read(my_turn, 1)
+        with socket.socket(family) as client:
+            client.connect((address, port))
+        os.write(your_turn, b".")
+
+
+@pytest.mark.parametrize("way", ["fexit", "kprobe"])
+def test_order_across_cpus_and_families(start, way):
+    (tool,) = start("tcpconnect -t", TCPTRACE_WAY=way)
+    servers = [listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)]
+    ports = [server.getsockname()[1] for server in servers]
+    (a, to_a), (b, to_b) = os.pipe(), os.pipe()
+    workers = [
+        Worker(b"a", take_turns, 0, socket.AF_INET, IPV4, ports[0], 101, a, to_b),
+        Worker(b"b", take_turns, 1, socket.AF_INET6, IPV6, ports[1], 101, b, to_a),
+    ]
+    os.write(to_a, b".")
+    for worker in workers:
+        worker.report()
+    rows = [line.split() for line in tool.stop()]
+    assert [fields[2] for fields in rows] == ["a", "b"] * 101
+    times = [float(fields[0]) for fields in rows]
+    assert times[0] == 0 and times == sorted(times)
+    assert tool.out.read_text().startswith("TIME(s)   PID     COMM ")
+
+
+def accept_in_threads(server, count, ready):
+    """Accept `count` connections, each in a thread of its own, all blocked in accept() at once; the remote ports."""
+    ports = []
+
+    def accept():
+        pathlib.Path("/proc/thread-self/comm").write_text(
+            "blocked"
+        )  # Python 3.14 names threads
+        connection, peer = server.accept()
+        ports.append(peer[1])
+        connection.close()
+
+    threads = [threading.Thread(target=accept) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    while sum(is_accepting(task) for task in os.listdir("/proc/self/task")) < count:
+        os.sched_yield()
+    os.write(ready, b".")
+    for thread in threads:
+        thread.join()
+    return ports
+
+
+def is_accepting(task):
+    call = pathlib.Path(f"/proc/self/task/{task}/syscall").read_text().split()[0]
+    return call in ("43", "288")  # accept, accept4 on x86-64
+
+
+def connect_often(address, port, count):
+    for _ in range(count):
+        with socket.create_connection((address, port)) as client:
+            client.recv(1)
+
+
+@pytest.mark.parametrize("way", ["fexit", "kprobe"])
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_many_threads_blocked_in_accept(start, way, when):
+    """Before tracing began, and while it is on: more of them than a kretprobe has slots."""
+    server = listener(socket.AF_INET, IPV4)
+    ready, tell = os.pipe()
+    if when == "while":
+        (tool,) = start("tcpaccept", TCPTRACE_WAY=way)
+    worker = Worker(b"blocked", accept_in_threads, server, 101, tell)
+    os.read(ready, 1)
+    if when == "before":
+        (tool,) = start("tcpaccept", TCPTRACE_WAY=way)
+    connect_often(IPV4, server.getsockname()[1], 101)
+    assert len(worker.report()) == 101
+    line = row(worker.pid, "blocked", 4, IPV4, IPV4, server.getsockname()[1])
+    assert tool.stop() == [line] * 101
+
+
+@pytest.mark.parametrize("way", ["fexit", "kprobe"])
+def test_reset_before_accept_keeps_its_port(start, way):
+    (tool,) = start("tcpaccept", TCPTRACE_WAY=way)
+    server = listener(socket.AF_INET, IPV4)
+    for _ in range(7):
+        client = socket.create_connection(server.getsockname())
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.close()
+    for _ in range(7):
+        with contextlib.suppress(OSError):
+            server.accept()[0].close()
+    comm = pathlib.Path("/proc/self/comm").read_text().rstrip("\n")
+    assert (
+        tool.stop()
+        == [row(os.getpid(), comm, 4, IPV4, IPV4, server.getsockname()[1])] * 7
+    )
+
+
+def test_refused_later_is_a_row_and_hostile_names_stay_on_it(start):
+    (tool,) = start("tcpconnect", LANG="C", PYTHONIOENCODING="ascii")
+    names = [
+        b"\x1b[31mred",
+        b"two\nlines",
+        b"  blanks",
+        b"\xff\xfe",
+        "caf\u00e9".encode(),
+        b"back\\slash",
+        b"plain",
+    ]
+    shown = [
+        "\\x1b[31mred",
+        "two\\nlines",
+        "\\x20\\x20blanks",
+        "\\xff\\xfe",
+        "caf\u00e9",
+        "back\\\\slash",
+        "plain",
+    ]
+    expected = []
+    for name, text in zip(names, shown):
+        worker = Worker(name, connect_refused, IPV4)
+        port = worker.report()
+        expected.append(row(worker.pid, text, 4, IPV4, IPV4, port))
+    assert tool.stop() == expected
+
+
+def connect_refused(address):
+    with listener(socket.AF_INET, address) as closed:
+        port = closed.getsockname()[1]
+    with socket.socket() as client:
+        assert client.connect_ex((address, port)) == errno.ECONNREFUSED
+    return port
+
+
+def connect_nonblocking(cpu, address, count):
+    """Begin `count` connects, on one CPU, to where nobody answers."""
+    os.sched_setaffinity(0, {cpu})
+    for _ in range(count):
+        with socket.socket() as client:
+            client.setblocking(False)
+            assert client.connect_ex((address, 9)) == errno.EINPROGRESS
+
+
+def test_rows_and_lost_make_all(start):
+    """The tool stands still while more connects happen than a CPU's buffer holds."""
+    subprocess.run(
+        [
+            "ip",
+            "neighbour",
+            "replace",
+            "192.0.2.99",
+            "lladdr",
+            "02:00:00:00:00:01",
+            "dev",
+            "docs0",
+        ],
+        check=True,
+    )
+    (tool,) = start("tcpconnect")
+    tool.process.send_signal(signal.SIGSTOP)
+    Worker(b"burst", connect_nonblocking, 1, "192.0.2.99", 20011).report()
+    tool.process.send_signal(signal.SIGCONT)
+    rows = tool.stop()
+    said = tool.complaints()
+    lost = int(said[-1].split()[2])
+    assert said[-1] == f"tcpconnect: lost {lost} events in all"
+    assert lost > 0 and len(rows) > 10007 and len(rows) + lost == 20011
+
+
+def test_reader_gone(tmp_path):
+    """As with | head -3: ends by itself, quietly, once the reader is gone, and needs no further row for that."""
+    with (tmp_path / "err").open("w") as err:
+        tool = subprocess.Popen(
+            [TOP / "tcpconnect"], stdout=subprocess.PIPE, stderr=err, text=True
+        )
+    lines = [tool.stdout.readline()]
+    connects, _ = run_mixed_traffic()
+    lines += [tool.stdout.readline() for _ in range(2)]
+    tool.stdout.close()
+    assert tool.wait(DEADLINE) == 0
+    assert [line.rstrip("\n") for line in lines[1:]] == connects[:2]
+    assert (tmp_path / "err").read_text() == ""
+
+
+def test_disk_full():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [TOP / "tcpaccept"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (
+        1,
+        "tcpaccept: error: cannot write: No space left on device\n",
+    )
+
+
+def test_real_programs(start):
+    """curl by its name, against Python's own web server."""
+    if not shutil.which("curl"):
+        pytest.fail("curl is not in this guest")
+    (tool,) = start("tcpconnect")
+    server = subprocess.Popen(
+        [sys.executable, "-u", "-m", "http.server", "--bind", IPV4, "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd="/mnt",
+    )
+    port = int(server.stdout.readline().split(" port ")[1].split()[0])
+    pids = []
+    for _ in range(3):
+        curl = subprocess.Popen(
+            ["curl", "-s", "-o", "/dev/null", f"http://{IPV4}:{port}/"]
+        )
+        assert curl.wait(DEADLINE) == 0
+        pids.append(curl.pid)
+    server.kill()
+    server.communicate()
+    assert tool.stop() == [row(pid, "curl", 4, IPV4, IPV4, port) for pid in pids]

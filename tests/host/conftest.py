@@ -1,0 +1,43 @@
+"""The tools as modules, and as commands."""
+
+import importlib.util
+import pathlib
+import subprocess
+from importlib.machinery import SourceFileLoader
+
+import pytest
+
+TOP = pathlib.Path(__file__).parents[2]
+TOOLS = ("tcpconnect", "tcpaccept")
+
+
+@pytest.fixture(params=TOOLS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def tool(name):
+    """The script, loaded as a module of its own."""
+    return load(name)
+
+
+def load(name):
+    loader = SourceFileLoader(name, str(TOP / name))
+    module = importlib.util.module_from_spec(
+        importlib.util.spec_from_loader(name, loader)
+    )
+    loader.exec_module(module)
+    return module
+
+
+def run(name, *args, **options):
+    """A finished run of the tool by the system's python3."""
+    return subprocess.run(
+        ["/usr/bin/python3", TOP / name, *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )

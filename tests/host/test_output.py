@@ -1,0 +1,241 @@
+import argparse
+import itertools
+import os
+import socket
+
+import pytest
+from conftest import load
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+PLAIN = argparse.Namespace(timestamp=False)
+TIMED = argparse.Namespace(timestamp=True)
+
+
+def packed(text):
+    family = socket.AF_INET6 if ":" in text else socket.AF_INET
+    return socket.inet_pton(family, text).ljust(16, b"\0")
+
+
+def event(pid, comm, ip, first, second, port, ts=5_000_000_000):
+    return (
+        ts,
+        pid,
+        ip,
+        port,
+        packed(first),
+        packed(second),
+        comm.encode().ljust(16, b"\0"),
+    )
+
+
+def test_the_seeds_rows_of_tcpconnect():
+    tool = load("tcpconnect")
+    events = [
+        event(1479, "telnet", 4, "127.0.0.1", "127.0.0.1", 23),
+        event(1469, "curl", 4, "10.201.219.236", "54.245.105.25", 80),
+        event(11072, "ssh", 6, "2001:db8::8203", "2001:db8::abcd", 22),
+    ]
+    assert tool.header(PLAIN) + tool.rows(PLAIN, events, 0) == (
+        "PID     COMM         IP SADDR            DADDR            DPORT\n"
+        "1479    telnet       4  127.0.0.1        127.0.0.1        23\n"
+        "1469    curl         4  10.201.219.236   54.245.105.25    80\n"
+        "11072   ssh          6  2001:db8::8203   2001:db8::abcd   22\n"
+    )
+
+
+def test_the_seeds_rows_of_tcpaccept():
+    tool = load("tcpaccept")
+    events = [
+        event(907, "sshd", 4, "192.168.56.1", "192.168.56.102", 22),
+        event(
+            5389,
+            "perl",
+            6,
+            "1234:ab12:2040:5020:2299:0:5:0",
+            "1234:ab12:2040:5020:2299:0:5:0",
+            7001,
+        ),
+    ]
+    assert tool.header(PLAIN) + tool.rows(PLAIN, events, 0) == (
+        "PID     COMM         IP RADDR            LADDR            LPORT\n"
+        "907     sshd         4  192.168.56.1     192.168.56.102   22\n"
+        "5389    perl         6  1234:ab12:2040:5020:2299:0:5:0 1234:ab12:2040:5020:2299:0:5:0 7001\n"
+    )
+
+
+def test_time_column(tool):
+    first = 7_123_456_789
+    events = [
+        event(1, "a", 4, "192.0.2.1", "192.0.2.2", 80, ts=first + ns)
+        for ns in (0, 1_500_000, 61_000_000_000)
+    ]
+    assert tool.header(TIMED).startswith("TIME(s)   PID     COMM ")
+    lines = tool.rows(TIMED, events, first).splitlines()
+    assert [line[:18] for line in lines] == [
+        "0.000     1       ",
+        "0.002     1       ",
+        "61.000    1       ",
+    ]
+
+
+def test_lines_fit_80_columns(tool):
+    widest = event(
+        4194304,
+        "fifteen-letters",
+        4,
+        "255.255.255.255",
+        "255.255.255.255",
+        65535,
+        ts=99_999 * 10**9,
+    )
+    assert len(tool.rows(TIMED, [widest], 0).rstrip()) < 80
+
+
+# RFC 5952, sections 2 and 4: every way to write an address on the left is the one on the right.
+RFC_5952 = {
+    "2001:db8:0:0:1:0:0:1": "2001:db8::1:0:0:1",
+    "2001:0db8::0001": "2001:db8::1",
+    "2001:db8:0:0:0:0:2:1": "2001:db8::2:1",
+    "2001:db8::1:1:1:1:1": "2001:db8:0:1:1:1:1:1",
+    "2001:0:0:1:0:0:0:1": "2001:0:0:1::1",
+    "2001:DB8::AAAA": "2001:db8::aaaa",
+    "2001:0:0:0:0:0:0:0": "2001::",
+    "0:0:0:0:0:0:0:1": "::1",
+    "0:0:0:0:0:0:0:0": "::",
+    "2001:db8:aaaa:bbbb:cccc:dddd:eeee:1": "2001:db8:aaaa:bbbb:cccc:dddd:eeee:1",
+}
+
+
+@pytest.mark.parametrize("text", RFC_5952)
+def test_rfc_5952(tool, text):
+    assert tool.address(6, packed(text)) == RFC_5952[text]
+
+
+@pytest.mark.parametrize(
+    ("comm", "shown"),
+    [
+        (b"sshd", "sshd"),
+        (b"tmux: server", "tmux: server"),
+        (b"\x1b[2J", "\\x1b[2J"),
+        (b"a\nb\rc\td", "a\\nb\\rc\\td"),
+        (b"\x7f", "\\x7f"),
+        (b"\xff\xc3", "\\xff\\xc3"),
+        ("\u202egnp.exe".encode(), "\\u202egnp.exe"),
+        ("\u00e9t\u00e9".encode(), "\u00e9t\u00e9"),
+        (b"  x", "\\x20\\x20x"),
+        (b"a\\x1b", "a\\\\x1b"),
+        (b"name\0left over", "name"),
+    ],
+)
+def test_names(tool, comm, shown):
+    assert tool.printable(comm.ljust(16, b"\0")) == shown
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=15))
+def test_any_name_stays_on_its_line(comm):
+    shown = load("tcpconnect").printable(comm)
+    assert shown.isprintable() and not shown.startswith(" ")
+    assert bool(shown.encode()) == bool(comm.partition(b"\0")[0])
+
+
+def test_buffers_stay_under_32_mb(tool):
+    for cpus, page_bytes in itertools.product(
+        (1, 2, 4, 31, 32, 33, 128, 4096), (4096, 65536)
+    ):
+        pages = tool.buffer_pages(cpus, page_bytes)
+        assert pages & (pages - 1) == 0
+        assert pages == 1 or cpus * pages * page_bytes <= 32 << 20
+    assert tool.buffer_pages(4, 4096) == 256
+
+
+def follow(tool, monkeypatch, batches, lost=(0,) * 9):
+    """What follow() writes for batches of (now in ms, events); an event is a timestamp in ms."""
+    written, clock = [], iter([now * 1_000_000 for now, _ in batches])
+    queue = [[(ts * 1_000_000, "event") for ts in events] for _, events in batches]
+
+    def wait(_ms):
+        if len(queue) == 1:
+            tool.stopping.append(15)
+
+    counts = iter(lost)
+    opened = (lambda: queue.pop(0)), wait, (lambda: next(counts))
+    monkeypatch.setattr(tool, "open_events", lambda b: opened)
+    monkeypatch.setattr(tool.time, "monotonic_ns", lambda: next(clock))
+    monkeypatch.setattr(tool, "write", written.append)
+    tool.follow(
+        None,
+        "header",
+        lambda events, first: [
+            (ts // 1_000_000, first // 1_000_000) for ts, _ in events
+        ],
+    )
+    assert written.pop(0) == "header"
+    return written
+
+
+def test_rows_are_sorted_within_and_across_batches(tool, monkeypatch):
+    """What is younger than 20 ms waits: CPU 1's event of 995 is drained after CPU 0's of 999."""
+    written = follow(
+        tool,
+        monkeypatch,
+        [(1000, [970, 960, 999]), (1100, [995, 1050]), (1200, []), (1300, [])],
+    )
+    assert written == [[(960, 960), (970, 960)], [(995, 960), (999, 960), (1050, 960)]]
+
+
+def test_time_never_goes_backwards(tool, monkeypatch):
+    written = follow(
+        tool, monkeypatch, [(1000, [900]), (1100, [890, 1000]), (1200, []), (1300, [])]
+    )
+    assert written == [[(900, 900)], [(900, 900), (1000, 900)]]
+
+
+def test_what_is_held_is_written_at_the_end(tool, monkeypatch):
+    written = follow(tool, monkeypatch, [(1000, []), (1000, [999])])
+    assert [ts for batch in written for ts, _ in batch] == [999]
+
+
+def test_lost_events_are_said(tool, monkeypatch, capsys):
+    follow(
+        tool,
+        monkeypatch,
+        [(1000, [900]), (1100, [1000]), (1200, [])],
+        [3, 3, 3, 5, 5, 5, 5, 5],
+    )
+    assert capsys.readouterr().err == (
+        f"{tool.NAME}: lost 3 events, no room in the buffer\n"
+        f"{tool.NAME}: lost 2 events, no room in the buffer\n"
+        f"{tool.NAME}: lost 5 events in all\n"
+    )
+
+
+def test_reader_gone_is_a_quiet_end(tool, monkeypatch):
+    def broken(_fd, _data):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(tool.os, "write", broken)
+    with pytest.raises(SystemExit) as end:
+        tool.write("row\n")
+    assert end.value.code == 0
+
+
+def test_a_short_write_is_completed(tool, monkeypatch):
+    taken = []
+
+    def write(fd, data):
+        taken.append(data[:3])
+        return len(data[:3])
+
+    monkeypatch.setattr(tool.os, "write", write)
+    tool.write("caf\u00e9 row\n")
+    assert b"".join(taken).decode() == "caf\u00e9 row\n"
+
+
+def test_what_libraries_print_is_held_back(tool, capfd):
+    with tool.quiet() as said:
+        os.write(1, b"to stdout\n")
+        os.write(2, b"to stderr\n")
+    assert said == ["to stdout\nto stderr\n"]
+    assert capfd.readouterr() == ("", "")
