@@ -11,6 +11,7 @@ import pytest
 
 TOP = pathlib.Path(__file__).parents[2]
 IPV4, IPV6 = "192.0.2.10", "2001:db8::10"  # on a dummy interface
+NOBODY4, NOBODY6 = "192.0.2.99", "2001:db8::99"  # behind it, where nobody answers
 DEADLINE = 900  # seconds until a tool that shows no header is held to be stuck: a guard, not a measure
 
 
@@ -21,6 +22,8 @@ def pytest_sessionstart(session):
         f"address add {IPV4}/24 dev docs0",
         f"address add {IPV6}/64 dev docs0 nodad",
         "link set docs0 up",
+        f"neighbour replace {NOBODY4} lladdr 02:00:00:00:00:01 dev docs0",
+        f"neighbour replace {NOBODY6} lladdr 02:00:00:00:00:01 dev docs0",
     ):
         subprocess.run(["ip", *command.split()], check=True)
     if headers():
