@@ -136,9 +136,10 @@ def kernel_btf(
     return btf
 
 
-def ways(tool, path):
+def ways(tool, path, preemptible=False):
     """{way: the text ahead of the program} that the tool finds in a BTF file."""
     tool.BTF = path
+    tool.is_preemptible = lambda: preemptible
     tool.import_bcc()
     return dict(tool.ways_to_trace(tool.STRUCTS, tool.fexit_defines))
 
@@ -191,12 +192,42 @@ def test_sk_protocol_as_a_bitfield(tool, tmp_path):
     assert ("sk_protocol" in found["kprobe"]) == (tool.NAME == "tcpaccept")
 
 
-def test_no_ipv6_in_the_kernel(tool, tmp_path):
+def test_kprobes_first_where_the_kernel_preempts_itself(tool, tmp_path):
+    path = kernel_btf().write(tmp_path / "btf")
+    assert list(ways(tool, path, preemptible=True)) == ["kprobe", "fexit", "headers"]
+
+
+@pytest.mark.parametrize(
+    ("models", "version", "preemptible"),
+    [
+        ("none (voluntary) full \n", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.176-1", False),
+        ("(none) voluntary full\n", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.176-1", False),
+        ("none voluntary (full)\n", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.176-1", True),
+        ("full (lazy) \n", "#1 SMP PREEMPT_DYNAMIC Debian 7.2.13-1", True),
+        (None, "#1 SMP PREEMPT_DYNAMIC Debian 6.1.176-1", True),
+        (None, "#1 SMP PREEMPT_RT Debian 6.1.176-1", True),
+        (None, "#1 SMP Debian 5.10.223-1", False),
+    ],
+)
+def test_preemption_model(tool, tmp_path, monkeypatch, models, version, preemptible):
+    """As the four releases' kernels show it, and others."""
+    tool.PREEMPTION = str(tmp_path / "preempt")
+    if models:
+        (tmp_path / "preempt").write_text(models)
+    monkeypatch.setattr(tool.platform, "version", lambda: version)
+    assert tool.is_preemptible() == preemptible
+
+
+def test_no_ipv6_in_the_kernel(tool, tmp_path, capsys):
     def without_ipv6(members):
         del members["skc_v6_daddr"], members["skc_v6_rcv_saddr"]
 
     found = ways(tool, kernel_btf(without_ipv6).write(tmp_path / "btf"))
-    assert "IPV6" not in found["kprobe"].replace("AF_INET6", "")
+    for way in ("fexit", "kprobe"):
+        assert "IPV6" not in found[way].replace("AF_INET6", "")
+    assert capsys.readouterr().err == (
+        f"{tool.NAME}: this kernel has no IPv6: tracing IPv4 only\n"
+    )
 
 
 @pytest.mark.parametrize("arguments", [2, 4])

@@ -2,6 +2,7 @@ import argparse
 import itertools
 import os
 import socket
+from collections import Counter
 
 import pytest
 from conftest import load
@@ -150,8 +151,8 @@ def test_buffers_stay_under_32_mb(tool):
     assert tool.buffer_pages(4, 4096) == 256
 
 
-def follow(tool, monkeypatch, batches, lost=(0,) * 9):
-    """What follow() writes for batches of (now in ms, events); an event is a timestamp in ms."""
+def follow(tool, monkeypatch, batches, lost=({},) * 9):
+    """What follow() writes for batches of (now in ms, events); an event is a timestamp in ms. lost: by reason, each time."""
     written, clock = [], iter([now * 1_000_000 for now, _ in batches])
     queue = [[(ts * 1_000_000, "event") for ts in events] for _, events in batches]
 
@@ -160,7 +161,7 @@ def follow(tool, monkeypatch, batches, lost=(0,) * 9):
             tool.stopping.append(15)
 
     counts = iter(lost)
-    opened = (lambda: queue.pop(0)), wait, (lambda: next(counts))
+    opened = (lambda: queue.pop(0)), wait, (lambda: Counter(next(counts)))
     monkeypatch.setattr(tool, "open_events", lambda b: opened)
     monkeypatch.setattr(tool.time, "monotonic_ns", lambda: next(clock))
     monkeypatch.setattr(tool, "write", written.append)
@@ -202,12 +203,13 @@ def test_lost_events_are_said(tool, monkeypatch, capsys):
         tool,
         monkeypatch,
         [(1000, [900]), (1100, [1000]), (1200, [])],
-        [3, 3, 3, 5, 5, 5, 5, 5],
+        [{"full": 3}, {"full": 5, "asleep": 1}, {"full": 5, "asleep": 1}],
     )
     assert capsys.readouterr().err == (
-        f"{tool.NAME}: lost 3 events, no room in the buffer\n"
-        f"{tool.NAME}: lost 2 events, no room in the buffer\n"
-        f"{tool.NAME}: lost 5 events in all\n"
+        f"{tool.NAME}: lost 3 events, full\n"
+        f"{tool.NAME}: lost 2 events, full\n"
+        f"{tool.NAME}: lost 1 events, asleep\n"
+        f"{tool.NAME}: lost 6 events in all\n"
     )
 
 
