@@ -2,12 +2,12 @@ import argparse
 import os
 
 import pytest
-from conftest import TOP, run
+from conftest import TOP, load, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 HELP = """\
-usage: {name} [-h] [-t] [-p PID]
+usage: {name} [-h] [-t] [-p PID] [-b PAGES]
 
 Trace TCP {what}s
 
@@ -15,6 +15,8 @@ optional arguments:
   -h, --help            show this help message and exit
   -t, --timestamp       include timestamp on output
   -p PID, --pid PID     trace this PID only
+  -b PAGES, --buffer-pages PAGES
+                        size of each CPU's buffer (default: 256 pages)
 
 examples:
     ./{name}           # trace all TCP {what}()s
@@ -50,7 +52,8 @@ def test_help_is_the_example_files_usage(name):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["-p", value]
+        [option, value]
+        for option in ("-p", "-b")
         for value in (
             "abc",
             "-1",
@@ -65,29 +68,43 @@ def test_help_is_the_example_files_usage(name):
             "1_0",
         )
     ]
-    + [["-p", "\u0661"], ["-p"], ["--pid=1.0"], ["-x"], ["181"], ["-t", "-q"]],
+    + [["-p", "\u0661"], ["-p"], ["--pid=1.0"], ["-x"], ["181"], ["-t", "-q"]]
+    + [["-b", "3"], ["-b", "32768"], ["--buffer-pages", "\u00b2"], ["-b"]],
 )
 def test_bad_arguments(name, no_bcc, arguments):
     done = run(name, *arguments, env=no_bcc)
     usage, error, *rest = done.stderr.splitlines()
     assert (done.returncode, done.stdout, rest) == (2, "", [])
-    assert usage == f"usage: {name} [-h] [-t] [-p PID]"
+    assert usage == f"usage: {name} [-h] [-t] [-p PID] [-b PAGES]"
     assert error.startswith(f"{name}: error: ")
+
+
+@settings(deadline=None)
+@given(st.text() | st.integers().map(str))
+def test_pages_are_a_power_of_two(text):
+    page_count = load("tcpconnect").page_count
+    powers = {str(1 << n): 1 << n for n in range(15)}
+    try:
+        assert page_count(text) == powers[text.lstrip("0")]
+    except argparse.ArgumentTypeError as error:
+        assert "not a power of two from 1 to 16384" in str(error)
+        assert text not in powers
+
+
+@pytest.mark.parametrize("number", [1 << n for n in range(15)])
+def test_every_power_of_two_is_taken(tool, number):
+    assert tool.page_count(str(number)) == number
 
 
 @settings(deadline=None)
 @given(st.integers(1, 4194304))
 def test_every_pid_is_taken(number):
-    from conftest import load
-
     assert load("tcpconnect").pid_number(str(number)) == number
 
 
 @settings(deadline=None)
 @given(st.text())
 def test_no_other_text_is(text):
-    from conftest import load
-
     pid_number = load("tcpconnect").pid_number
     try:
         number = pid_number(text)

@@ -162,10 +162,11 @@ def follow(tool, monkeypatch, batches, lost=({},) * 9):
 
     counts = iter(lost)
     opened = (lambda: queue.pop(0)), wait, (lambda: Counter(next(counts)))
-    monkeypatch.setattr(tool, "open_events", lambda b: opened)
+    monkeypatch.setattr(tool, "open_events", lambda b, pages: opened)
     monkeypatch.setattr(tool.time, "monotonic_ns", lambda: next(clock))
     monkeypatch.setattr(tool, "write", written.append)
     tool.follow(
+        None,
         None,
         "header",
         lambda events, first: [
