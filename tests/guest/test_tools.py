@@ -4,9 +4,6 @@ import contextlib
 import errno
 import os
 import pathlib
-import random
-import re
-import select
 import shutil
 import signal
 import socket
@@ -19,133 +16,17 @@ from conftest import (
     DEADLINE,
     IPV4,
     IPV6,
-    NOBODY4,
-    NOBODY6,
+    TOOLS,
     TOP,
     Worker,
+    best_way,
     headers,
     hide,
+    probed_functions,
     row,
     show,
 )
-
-MAPPED = f"::ffff:{IPV4}"
-TOOLS = ("tcpconnect", "tcpaccept")
-
-
-def listener(family, address, backlog=128):
-    server = socket.socket(family)
-    if family == socket.AF_INET6:
-        server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    server.bind((address, 0))
-    server.listen(backlog)
-    return server
-
-
-def plain(address):
-    return address.replace("::ffff:", "")
-
-
-def ends(sock):
-    """[IP version on the wire, local address, remote address, local port, remote port] as the socket tells them."""
-    local, remote = sock.getsockname(), sock.getpeername()
-    ip = 6 if ":" in plain(remote[0]) else 4
-    return [ip, plain(local[0]), plain(remote[0]), local[1], remote[1]]
-
-
-def serve(servers, count):
-    """Accept `count` connections from several listeners, each greeted and closed; their ends in order."""
-    told = []
-    while len(told) < count:
-        for server in select.select(servers, [], [])[0]:
-            with server.accept()[0] as connection:
-                told.append(ends(connection))
-                connection.sendall(b".")
-    return told
-
-
-def connect_to(targets):
-    """Connect to (family, address, port) after (family, address, port), each accepted before the next; their ends."""
-    os.sched_setaffinity(0, {0})
-    told = []
-    for family, address, port in targets:
-        with socket.socket(family) as client:
-            client.connect((address, port))
-            told.append(ends(client))
-            client.recv(1)
-    return told
-
-
-def make_noise(count):
-    """What must not show: UDP and unix sockets connected, unix sockets accepted, TCP connects that fail at once.
-
-    On a CPU of its own: a kernel that preempts itself may leave fexit out for a connect while it is busy with another.
-    """
-    os.sched_setaffinity(0, {1})
-    for _ in range(count):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-            udp.connect((IPV4, 53))
-        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as udp:
-            udp.connect((IPV6, 53))
-        with (
-            socket.socket(socket.AF_UNIX) as server,
-            socket.socket(socket.AF_UNIX) as client,
-        ):
-            server.bind("")
-            server.listen()
-            client.connect(server.getsockname())
-            server.accept()[0].close()
-        for family, address in (
-            (socket.AF_INET, "203.0.113.1"),
-            (socket.AF_INET6, "2001:db8:ffff::1"),
-        ):
-            with socket.socket(family) as tcp:
-                assert tcp.connect_ex((address, 9)) == errno.ENETUNREACH
-
-
-def run_mixed_traffic():
-    """23 IPv4, 19 IPv6 and 7 IPv4-mapped connections in mixed order, among noise: (connect rows, accept rows)."""
-    servers = [
-        listener(socket.AF_INET, IPV4),
-        listener(socket.AF_INET6, IPV6),
-        listener(socket.AF_INET6, "::"),
-    ]
-    ports = [server.getsockname()[1] for server in servers]
-    targets = [(socket.AF_INET, IPV4, ports[0])] * 23 + [
-        (socket.AF_INET6, IPV6, ports[1])
-    ] * 19
-    targets += [(socket.AF_INET6, MAPPED, ports[2])] * 7
-    random.Random(49).shuffle(targets)
-    server = Worker(b"server", serve, servers, len(targets))
-    noise = Worker(b"noise", make_noise, 5)
-    client = Worker(b"client", connect_to, targets)
-    connects = [
-        row(client.pid, "client", ip, s, d, dport)
-        for ip, s, d, _, dport in client.report()
-    ]
-    accepts = [
-        row(server.pid, "server", ip, r, local, lport)
-        for ip, local, r, lport, _ in server.report()
-    ]
-    noise.report()
-    for sock in servers:
-        sock.close()
-    assert len(connects) == len(accepts) == 49
-    return connects, accepts
-
-
-def probed_functions():
-    """The kernel functions that have a kprobe."""
-    lines = pathlib.Path("/sys/kernel/debug/kprobes/list").read_text().splitlines()
-    return {line.split()[2].partition("+")[0] for line in lines}
-
-
-def program_ids():
-    """IDs of all BPF programs that are loaded."""
-    lines = subprocess.run(
-        ["bpftool", "prog", "list"], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-    return {line.partition(":")[0] for line in lines.splitlines() if line[:1].isdigit()}
+from traffic import listener, run_mixed_traffic, serve
 
 
 @pytest.mark.parametrize("way", ["fexit", "kprobe"])
@@ -168,11 +49,6 @@ def test_every_connection_once(start, way):
         .startswith("PID     COMM         IP RADDR            LADDR            LPORT\n")
     )
     assert [tool.complaints() for tool in tools] == [[], []]
-
-
-def best_way():
-    """The way that misses nothing and costs least: Debian's kernels preempt themselves since 7."""
-    return "fexit" if int(os.uname().release.partition(".")[0]) < 7 else "kprobe"
 
 
 def test_the_best_way_is_the_first_choice(start):
@@ -451,58 +327,6 @@ def connect_refused(address):
     with socket.socket() as client:
         assert client.connect_ex((address, port)) == errno.ECONNREFUSED
     return port
-
-
-def lost(tool):
-    """How many events the tool said in the end that it lost, after it said so in parts."""
-    said = tool.complaints()
-    if not said:
-        return 0
-    parts = [re.fullmatch(r"tcp\w+: lost (\d+) events, .+", line) for line in said[:-1]]
-    total = sum(int(part[1]) for part in parts)
-    assert said[-1] == f"{said[-1].partition(':')[0]}: lost {total} events in all"
-    return total
-
-
-def connect_nonblocking(cpu, address, count):
-    """Begin `count` connects, on one CPU, to where nobody answers."""
-    os.sched_setaffinity(0, {cpu})
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    for _ in range(count):
-        with socket.socket(family) as client:
-            client.setblocking(False)
-            assert client.connect_ex((address, 9)) == errno.EINPROGRESS
-
-
-@pytest.mark.parametrize("way", ["fexit", "kprobe"])
-def test_many_processes_connect_at_once(start, way):
-    """More of them than a kretprobe has slots, each preempted anywhere. Where a kernel leaves fexit out, that is told."""
-    (tool,) = start("tcpconnect", TCPTRACE_WAY=way)
-    processes, each = 61, 31
-    targets = [NOBODY4, NOBODY6]
-    workers = [
-        Worker(b"many", connect_nonblocking, i % 2, targets[i % 2], each)
-        for i in range(processes)
-    ]
-    for worker in workers:
-        worker.report()
-    rows = tool.stop()
-    if way == best_way():
-        assert tool.complaints() == []
-        pids = [int(line.split()[0]) for line in rows]
-        assert all(pids.count(worker.pid) == each for worker in workers)
-    assert len(rows) + lost(tool) == processes * each
-
-
-@pytest.mark.parametrize("way", ["fexit", "kprobe"])
-def test_rows_and_lost_make_all(start, way):
-    """The tool stands still while more connects happen than a CPU's buffer holds."""
-    (tool,) = start("tcpconnect", TCPTRACE_WAY=way)
-    tool.process.send_signal(signal.SIGSTOP)
-    Worker(b"burst", connect_nonblocking, 1, NOBODY4, 20011).report()
-    tool.process.send_signal(signal.SIGCONT)
-    rows = tool.stop()
-    assert lost(tool) > 0 and len(rows) > 10007 and len(rows) + lost(tool) == 20011
 
 
 def test_reader_gone(tmp_path):

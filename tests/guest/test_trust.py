@@ -1,0 +1,574 @@
+"""What the tools promise under load, faults and strange surroundings. Every count of connections is a prime number."""
+
+import ctypes
+import errno
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+from conftest import (
+    DEADLINE,
+    IPV4,
+    IPV6,
+    NOBODY4,
+    NOBODY6,
+    TOOLS,
+    TOP,
+    Worker,
+    best_way,
+    probed_functions,
+    row,
+    show,
+)
+from io_uring import IORING_OP_ACCEPT, IORING_OP_CONNECT, Ring
+from traffic import (
+    connect_nonblocking,
+    connect_to,
+    listener,
+    lost,
+    port_of,
+    run_mixed_traffic,
+    serve,
+)
+
+both_ways = pytest.mark.parametrize("way", ["fexit", "kprobe"])
+CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWNET = 0x00020000, 0x20000000, 0x40000000
+TCP_FASTOPEN, TCP_FASTOPEN_CONNECT, MSG_FASTOPEN, IPPROTO_MPTCP = (
+    23,
+    30,
+    0x20000000,
+    262,
+)
+
+
+@both_ways
+def test_many_processes_connect_at_once(start, way):
+    """More of them than a kretprobe has slots, each preempted anywhere. Where a kernel leaves fexit out, that is told."""
+    (tool,) = start("tcpconnect", TCPTRACE_WAY=way)
+    processes, each = 61, 31
+    targets = [NOBODY4, NOBODY6]
+    workers = [
+        Worker(b"many", connect_nonblocking, i % 2, targets[i % 2], each)
+        for i in range(processes)
+    ]
+    for worker in workers:
+        worker.report()
+    rows = tool.stop()
+    if way == best_way():
+        assert tool.complaints() == []
+        pids = [int(line.split()[0]) for line in rows]
+        assert all(pids.count(worker.pid) == each for worker in workers)
+    assert len(rows) + lost(tool) == processes * each
+
+
+@both_ways
+def test_stopped_while_connects_happen(start, way):
+    """10,007 fit into one CPU's buffer; of 20,011 those that fit, the first ones, and the exact number of the others."""
+    tool, small = start("tcpconnect", "tcpconnect -b 1", TCPTRACE_WAY=way)
+    for count in (10007, 20011):
+        tool.process.send_signal(signal.SIGSTOP)
+        small.process.send_signal(signal.SIGSTOP)
+        Worker(b"burst", connect_nonblocking, 1, NOBODY4, count).report()
+        tool.process.send_signal(signal.SIGCONT)
+        small.process.send_signal(signal.SIGCONT)
+        if count == 10007:
+            while len(tool.rows()) < count:
+                time.sleep(0.1)
+    rows = tool.stop()
+    ports = [int(line.split()[5]) for line in rows]
+    fitting = len(rows) - 10007
+    assert ports == [port_of(i) for i in [*range(10007), *range(fitting)]]
+    assert 13000 < fitting == 20011 - lost(tool)
+    few = small.stop()
+    assert 100 > len(few) == 30018 - lost(small)
+
+
+@both_ways
+def test_slow_reader(start, way):
+    """Of a pipe that nobody reads for a while."""
+    reader, writer = os.pipe()
+    (tool,) = start("tcpconnect", options={"pipe": writer}, TCPTRACE_WAY=way)
+    Worker(b"burst", connect_nonblocking, 0, NOBODY6, 30011).report()
+    said = []
+    thread = threading.Thread(target=lambda: said.append(read_all(reader)))
+    thread.start()
+    tool.end()
+    os.close(writer)
+    thread.join()
+    rows = said[0].splitlines()[1:]
+    assert lost(tool) > 0 and len(rows) == 30011 - lost(tool)
+    assert all(line.split()[1] == "burst" for line in rows)
+
+
+def read_all(descriptor):
+    with open(descriptor) as pipe:
+        return pipe.read()
+
+
+def resident_kb(pid):
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])
+
+
+def test_load(start):
+    """Two CPUs that connect as fast as they can: LOAD_CONNECTS each, which tests/soak makes half a million."""
+    count = int(os.environ.get("LOAD_CONNECTS", "20011"))
+    (tool,) = start("tcpconnect -t")
+
+    def both_cpus(count):
+        workers = [
+            Worker(b"four", connect_nonblocking, 0, NOBODY4, count),
+            Worker(b"six", connect_nonblocking, 1, NOBODY6, count),
+        ]
+        for worker in workers:
+            worker.report()
+        return resident_kb(tool.process.pid)
+
+    began = time.monotonic()
+    warm = both_cpus(10007)
+    grown = both_cpus(count) - warm
+    took = time.monotonic() - began
+    rows = tool.stop()
+    made = 2 * (count + 10007)
+    print(
+        f"{made} connects in {took:.0f} s: {len(rows)} rows, {lost(tool)} lost, grew by {grown} kB"
+    )
+    assert len(rows) + lost(tool) == made
+    times = [float(line.split(maxsplit=1)[0]) for line in rows]
+    assert times == sorted(times)
+    assert grown < 5000
+
+
+def capabilities(*numbers):
+    """A preexec_fn: another user, with these capabilities alone (linux/capability.h, linux/prctl.h)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    bits = sum(1 << number for number in numbers)
+
+    def drop():
+        low, high = bits & 0xFFFFFFFF, bits >> 32
+        libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+        header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+        data = (ctypes.c_uint32 * 6)(low, low, low, high, high, high)
+        assert libc.capset(header, data) == 0
+        for number in numbers:  # PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE
+            assert libc.prctl(47, 2, number, 0, 0) == 0
+
+    return drop
+
+
+CAP_IPC_LOCK, CAP_SYS_RESOURCE, CAP_PERFMON, CAP_BPF = 14, 24, 38, 39
+
+
+@both_ways
+def test_few_capabilities(start, way):
+    """Those that the man page names, and no root."""
+    numbers = [CAP_BPF, CAP_PERFMON, CAP_IPC_LOCK]
+    if os.uname().release.startswith("5.10."):
+        numbers.append(CAP_SYS_RESOURCE)
+    options = {"preexec_fn": capabilities(*numbers)}
+    tools = start(*TOOLS, options=options, TCPTRACE_WAY=way)
+    connects, accepts = run_mixed_traffic()
+    assert [tool.stop() for tool in tools] == [connects, accepts]
+    assert [tool.complaints() for tool in tools] == [[], []]
+
+
+@pytest.mark.parametrize("numbers", [(), (CAP_BPF,), (CAP_PERFMON,)])
+def test_too_few_capabilities(numbers):
+    done = subprocess.run(
+        [TOP / "tcpconnect"],
+        preexec_fn=capabilities(*numbers),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "tcpconnect: error: needs root: try sudo tcpconnect\n"
+
+
+@pytest.mark.parametrize("stage", ["load_func", "attach_kfunc", "attach_kretfunc"])
+def test_trampolines_refused(start, tmp_path, stage):
+    """A bcc whose kernel refuses fexit programs, at load or at attach: kprobes are next, and nothing else stays."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from bcc import BPF\n"
+        f"real = BPF.{stage}\n"
+        "def refuse(self, name, *rest, **named):\n"
+        "    if b'func__' in (name if isinstance(name, bytes) else str(name).encode()):\n"
+        f"        raise Exception('{stage}: Operation not permitted')\n"
+        "    return real(self, name, *rest, **named)\n"
+        "def refuse_attach(self, *rest, **named):\n"
+        "    raise Exception('Device or resource busy')\n"
+        f"BPF.{stage} = refuse if '{stage}' == 'load_func' else refuse_attach\n"
+    )
+    before = loaded("prog")
+    name = "tcpaccept" if stage == "attach_kfunc" else "tcpconnect"
+    (tool,) = start(name, PYTHONPATH=str(tmp_path))
+    if best_way() == "fexit":
+        assert "fexit: " in tool.err.read_text()
+    assert tool.way() == "kprobe"
+    assert len(loaded("prog") - before) == (2 if name == "tcpaccept" else 1)
+    connects, accepts = run_mixed_traffic()
+    assert tool.stop() == (accepts if name == "tcpaccept" else connects)
+
+
+def test_no_way_is_left(tmp_path):
+    """Ftrace turned off, on which both ways stand: one line, and nothing stays attached."""
+    before = left_behind()
+    switch = pathlib.Path("/proc/sys/kernel/ftrace_enabled")
+    switch.write_text("0")
+    try:
+        done = subprocess.run(
+            [TOP / "tcpaccept"],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+    finally:
+        switch.write_text("1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("tcpaccept: error: cannot trace: ")
+    assert done.stderr.count("\n") == 1
+    assert left_behind() == before
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_btf_cut_short(tmp_path, name):
+    """Kernel headers are tried, which are not there either."""
+    btf = "/sys/kernel/btf/vmlinux"
+    whole = pathlib.Path(btf).read_bytes()
+    cut = tmp_path / "btf"
+    cut.write_bytes(whole[: len(whole) // 2])
+    subprocess.run(["mount", "--bind", cut, btf], check=True)
+    try:
+        done = subprocess.run(
+            [TOP / name],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+    finally:
+        show(btf)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"{name}: error: no usable BTF ({btf}) and no kernel")
+    assert done.stderr.count("\n") == 1
+
+
+def test_pid_that_does_not_exist_yet(start):
+    """Is traced all the same, once it does."""
+    last = pathlib.Path("/proc/sys/kernel/ns_last_pid")
+    pid = int(last.read_text()) + 997
+    (tool,) = start(f"tcpconnect -p {pid}")
+    last.write_text(str(pid - 1))
+    worker = Worker(b"late", connect_nonblocking, 0, NOBODY4, 3)
+    worker.report()
+    assert worker.pid == pid
+    assert tool.stop() == [
+        f"{pid:<7} {'late':<12} 4  {IPV4:<16} {NOBODY4:<16} {port_of(i)}"
+        for i in range(3)
+    ]
+
+
+def unshare(flags):
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(flags) == 0, os.strerror(ctypes.get_errno())
+
+
+def test_pid_in_a_pid_namespace_of_its_own(start):
+    wrapper = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    (tool,) = start("tcpaccept -p 1", options={"wrapper": wrapper})
+    assert tool.complaints() == [
+        "tcpaccept: this is a PID namespace of its own: -p 1 means PID 1 of the host"
+    ]
+
+
+def contained(told):
+    """In the container: accept and connect 3 times, and tell the PID there and the port."""
+    server = listener(socket.AF_INET, "127.0.0.1")
+    port = server.getsockname()[1]
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", port)):
+            server.accept()[0].close()
+    os.write(told, f"{os.getpid()} {port}".encode())
+
+
+def run_container():
+    """[PID on the host, PID in the container, port] of a process in namespaces of its own, which connects 3 times."""
+    unshare(CLONE_NEWNET | CLONE_NEWNS | CLONE_NEWPID)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+            contained(writer)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+    return [pid, *map(int, os.read(reader, 100).split())]
+
+
+@both_ways
+def test_container(start, way):
+    tools = start(*TOOLS, TCPTRACE_WAY=way)
+    pid, inner, port = Worker(b"contained", run_container).report()
+    assert inner == 1 != pid
+    line = row(pid, "contained", 4, "127.0.0.1", "127.0.0.1", port)
+    assert [tool.stop() for tool in tools] == [[line] * 3] * 2
+
+
+def test_side_by_side(start):
+    """Two instances of each tool, in both ways: all see everything."""
+    fexit = start(*TOOLS, TCPTRACE_WAY="fexit")
+    kprobe = start(*TOOLS, TCPTRACE_WAY="kprobe")
+    connects, accepts = run_mixed_traffic()
+    assert [tool.stop() for tool in fexit] == [connects, accepts]
+    assert [tool.stop() for tool in kprobe] == [connects, accepts]
+
+
+def loaded(kind):
+    """IDs of all BPF programs ("prog"), maps ("map") or links ("link") of the kernel."""
+    lines = subprocess.run(
+        ["bpftool", kind, "list"], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    return set(re.findall(r"^(\d+):", lines, re.MULTILINE))
+
+
+def settings():
+    """{name: value} of the sysctls that a tool might be tempted to change."""
+    names = [
+        *pathlib.Path("/proc/sys/kernel").glob("*"),
+        *pathlib.Path("/proc/sys/net/core").glob("*"),
+    ]
+    return {
+        path.name: path.read_text()
+        for path in names
+        if path.is_file()
+        and os.stat(path).st_mode & 0o400
+        and path.name not in ("ns_last_pid", "random", "stat_refresh")
+    }
+
+
+def left_behind():
+    """All that could stay: probes, programs, maps, links, trace events, temporary files, settings."""
+    events = pathlib.Path("/sys/kernel/debug/tracing/kprobe_events").read_text()
+    folders = set(os.listdir("/tmp")) | set(os.listdir("/dev/shm"))
+    kinds = [loaded(kind) for kind in ("prog", "map", "link")]
+    return [probed_functions(), *kinds, events, folders, settings()]
+
+
+@both_ways
+def test_nothing_is_left_behind(start, way):
+    """After every kind of end."""
+    before = left_behind()
+    reader, writer = os.pipe()
+    tools = start(*TOOLS, *TOOLS, TCPTRACE_WAY=way)
+    (piped,) = start("tcpconnect", options={"pipe": writer}, TCPTRACE_WAY=way)
+    os.close(writer)
+    during = left_behind()
+    assert during[1] > before[1] and during[2] > before[2]
+    assert during[4:] == before[4:]
+    if way == "kprobe":
+        assert during[0] > before[0]
+    os.close(reader)
+    tools[0].stop(signal.SIGINT)
+    tools[1].stop(signal.SIGTERM)
+    for tool in tools[2:]:
+        tool.process.kill()
+        tool.process.wait()
+    assert piped.process.wait(DEADLINE) == 0
+    deadline = time.monotonic() + DEADLINE
+    while left_behind() != before and time.monotonic() < deadline:
+        time.sleep(0.1)  # the kernel frees maps a little later
+    assert left_behind() == before
+
+
+def connect_strangely(port, port6):
+    """Connects of many kinds; (how many rows each should make). Every socket is greeted by its server."""
+    with socket.socket() as client:  # the second connect() does nothing
+        client.connect((IPV4, port))
+        assert client.connect_ex((IPV4, port)) == errno.EISCONN
+        client.recv(1)
+    with socket.socket() as client:  # non-blocking, asked again for the outcome
+        client.setblocking(False)
+        assert client.connect_ex((IPV4, port)) == errno.EINPROGRESS
+        while client.connect_ex((IPV4, port)) not in (0, errno.EISCONN):
+            time.sleep(0.01)
+        client.setblocking(True)
+        client.recv(1)
+    with socket.socket() as client:  # dissolved (AF_UNSPEC) and connected anew: two
+        client.connect((IPV4, port))
+        client.recv(1)
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.connect(client.fileno(), bytes(16), 16) == 0
+        client.connect((IPV4, port))
+        client.recv(1)
+    with socket.socket(socket.AF_INET6) as client:
+        client.connect((IPV6, port6))
+        client.recv(1)
+
+
+@both_ways
+def test_strange_connects(start, way):
+    tools = start(*TOOLS, TCPTRACE_WAY=way)
+    servers = [listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)]
+    port, port6 = (server.getsockname()[1] for server in servers)
+    server = Worker(b"server", serve, servers, 5)
+    client = Worker(b"client", connect_strangely, port, port6)
+    client.report()
+    server.report()
+    for tool, worker, comm in zip(tools, (client, server), ("client", "server")):
+        four = row(worker.pid, comm, 4, IPV4, IPV4, port)
+        six = row(worker.pid, comm, 6, IPV6, IPV6, port6)
+        assert tool.stop() == [four] * 4 + [six]
+
+
+def connect_fast_open(port, count):
+    """TCP Fast Open, by connect() and by sendto(); each sends at once and is greeted."""
+    for i in range(count):
+        with socket.socket() as client:
+            if i % 2:
+                client.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
+                client.connect((IPV4, port))
+                client.send(b"data")
+            else:
+                assert client.sendto(b"data", MSG_FASTOPEN, (IPV4, port)) == 4
+            client.recv(1)
+
+
+@both_ways
+def test_fast_open(start, way):
+    """The first connection asks for a cookie, the others carry data in their SYN."""
+    sysctl = pathlib.Path("/proc/sys/net/ipv4/tcp_fastopen")
+    before = sysctl.read_text()
+    sysctl.write_text("3")
+    try:
+        tools = start(*TOOLS, TCPTRACE_WAY=way)
+        server = listener(socket.AF_INET, IPV4)
+        server.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN, 16)
+        port = server.getsockname()[1]
+        acceptor = Worker(b"server", serve, [server], 7)
+        client = Worker(b"client", connect_fast_open, port, 7)
+        client.report()
+        acceptor.report()
+        stats = pathlib.Path("/proc/net/netstat").read_text().splitlines()
+        names, values = (line.split() for line in stats[:2])
+        assert int(values[names.index("TCPFastOpenActive")]) > 0
+    finally:
+        sysctl.write_text(before)
+    assert tools[0].stop() == [row(client.pid, "client", 4, IPV4, IPV4, port)] * 7
+    assert tools[1].stop() == [row(acceptor.pid, "server", 4, IPV4, IPV4, port)] * 7
+
+
+def connect_by_io_uring(port, count):
+    ring = Ring()
+    for _ in range(count):
+        with socket.socket() as client:
+            address = (ctypes.c_uint8 * 16)(
+                *socket.AF_INET.to_bytes(2, "little"),
+                *port.to_bytes(2, "big"),
+                *socket.inet_aton(IPV4),
+            )
+            assert ring.run(IORING_OP_CONNECT, client.fileno(), address) == 0
+            client.recv(1)
+
+
+def accept_by_io_uring(server, count):
+    ring = Ring()
+    for _ in range(count):
+        with socket.socket(fileno=ring.run(IORING_OP_ACCEPT, server.fileno())) as peer:
+            peer.send(b".")
+
+
+@both_ways
+def test_io_uring(start, way):
+    tools = start(*TOOLS, TCPTRACE_WAY=way)
+    server = listener(socket.AF_INET, IPV4)
+    port = server.getsockname()[1]
+    acceptor = Worker(b"server", accept_by_io_uring, server, 5)
+    client = Worker(b"client", connect_by_io_uring, port, 5)
+    client.report()
+    acceptor.report()
+    assert tools[0].stop() == [row(client.pid, "client", 4, IPV4, IPV4, port)] * 5
+    assert tools[1].stop() == [row(acceptor.pid, "server", 4, IPV4, IPV4, port)] * 5
+
+
+def connect_mptcp(port, count):
+    for _ in range(count):
+        with socket.socket(proto=IPPROTO_MPTCP) as client:
+            client.connect((IPV4, port))
+            client.recv(1)
+
+
+@both_ways
+def test_multipath_tcp(start, way):
+    """A connection with one subflow: one row in each tool."""
+    pathlib.Path("/proc/sys/net/mptcp/enabled").write_text("1")
+    tools = start(*TOOLS, TCPTRACE_WAY=way)
+    server = socket.socket(proto=IPPROTO_MPTCP)
+    server.bind((IPV4, 0))
+    server.listen(16)
+    port = server.getsockname()[1]
+    acceptor = Worker(b"server", serve, [server], 5)
+    client = Worker(b"client", connect_mptcp, port, 5)
+    client.report()
+    acceptor.report()
+    assert tools[0].stop() == [row(client.pid, "client", 4, IPV4, IPV4, port)] * 5
+    assert tools[1].stop() == [row(acceptor.pid, "server", 4, IPV4, IPV4, port)] * 5
+
+
+@both_ways
+def test_blocked_beside_another_server(start, way):
+    """A server already blocked in accept() when tracing begins: its next connection shows, and so do another's."""
+    old, new = listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)
+    ports = [server.getsockname()[1] for server in (old, new)]
+    blocked = Worker(b"blocked", accept_blocking, old, 3)
+    syscall = pathlib.Path(f"/proc/{blocked.pid}/syscall")
+    while syscall.read_text().split()[0] not in ("43", "288"):
+        time.sleep(0.01)
+    (tool,) = start("tcpaccept", TCPTRACE_WAY=way)
+    other = Worker(b"other", accept_blocking, new, 3)
+    both = [(socket.AF_INET6, IPV6, ports[1]), (socket.AF_INET, IPV4, ports[0])]
+    Worker(b"client", connect_to, both * 3).report()
+    blocked.report()
+    other.report()
+    six = row(other.pid, "other", 6, IPV6, IPV6, ports[1])
+    four = row(blocked.pid, "blocked", 4, IPV4, IPV4, ports[0])
+    assert sorted(tool.stop()) == sorted([six, four] * 3)
+
+
+def accept_blocking(server, count):
+    for _ in range(count):
+        with server.accept()[0] as peer:
+            peer.send(b".")
+
+
+def test_locked_down():
+    """Last of all, for there is no way back: confidentiality, which forbids to read kernel memory."""
+    subprocess.run(
+        ["mount", "-t", "securityfs", "none", "/sys/kernel/security"], check=False
+    )
+    lockdown = pathlib.Path("/sys/kernel/security/lockdown")
+    lockdown.write_text("confidentiality")
+    for name in TOOLS:
+        done = subprocess.run(
+            [TOP / name],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+        why = "the kernel is locked down (confidentiality), which forbids tracing"
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"{name}: error: {why}: see man kernel_lockdown\n"

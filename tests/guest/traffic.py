@@ -1,0 +1,138 @@
+"""Traffic whose connections are known to the last column, and what the tools should print of it."""
+
+import errno
+import os
+import random
+import re
+import select
+import socket
+
+from conftest import IPV4, IPV6, Worker, row
+
+MAPPED = f"::ffff:{IPV4}"
+
+
+def listener(family, address, backlog=128):
+    server = socket.socket(family)
+    if family == socket.AF_INET6:
+        server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    server.bind((address, 0))
+    server.listen(backlog)
+    return server
+
+
+def plain(address):
+    return address.replace("::ffff:", "")
+
+
+def ends(sock):
+    """[IP version on the wire, local address, remote address, local port, remote port] as the socket tells them."""
+    local, remote = sock.getsockname(), sock.getpeername()
+    ip = 6 if ":" in plain(remote[0]) else 4
+    return [ip, plain(local[0]), plain(remote[0]), local[1], remote[1]]
+
+
+def serve(servers, count):
+    """Accept `count` connections from several listeners, each greeted and closed; their ends in order."""
+    told = []
+    while len(told) < count:
+        for server in select.select(servers, [], [])[0]:
+            with server.accept()[0] as connection:
+                told.append(ends(connection))
+                connection.sendall(b".")
+    return told
+
+
+def connect_to(targets):
+    """Connect to (family, address, port) after (family, address, port), each accepted before the next; their ends."""
+    os.sched_setaffinity(0, {0})
+    told = []
+    for family, address, port in targets:
+        with socket.socket(family) as client:
+            client.connect((address, port))
+            told.append(ends(client))
+            client.recv(1)
+    return told
+
+
+def make_noise(count):
+    """What must not show: UDP and unix sockets connected, unix sockets accepted, TCP connects that fail at once.
+
+    On a CPU of its own: a kernel that preempts itself may leave fexit out for a connect while it is busy with another.
+    """
+    os.sched_setaffinity(0, {1})
+    for _ in range(count):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            udp.connect((IPV4, 53))
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as udp:
+            udp.connect((IPV6, 53))
+        with (
+            socket.socket(socket.AF_UNIX) as server,
+            socket.socket(socket.AF_UNIX) as client,
+        ):
+            server.bind("")
+            server.listen()
+            client.connect(server.getsockname())
+            server.accept()[0].close()
+        for family, address in (
+            (socket.AF_INET, "203.0.113.1"),
+            (socket.AF_INET6, "2001:db8:ffff::1"),
+        ):
+            with socket.socket(family) as tcp:
+                assert tcp.connect_ex((address, 9)) == errno.ENETUNREACH
+
+
+def run_mixed_traffic():
+    """23 IPv4, 19 IPv6 and 7 IPv4-mapped connections in mixed order, among noise: (connect rows, accept rows)."""
+    servers = [
+        listener(socket.AF_INET, IPV4),
+        listener(socket.AF_INET6, IPV6),
+        listener(socket.AF_INET6, "::"),
+    ]
+    ports = [server.getsockname()[1] for server in servers]
+    targets = [(socket.AF_INET, IPV4, ports[0])] * 23 + [
+        (socket.AF_INET6, IPV6, ports[1])
+    ] * 19
+    targets += [(socket.AF_INET6, MAPPED, ports[2])] * 7
+    random.Random(49).shuffle(targets)
+    server = Worker(b"server", serve, servers, len(targets))
+    noise = Worker(b"noise", make_noise, 5)
+    client = Worker(b"client", connect_to, targets)
+    connects = [
+        row(client.pid, "client", ip, s, d, dport)
+        for ip, s, d, _, dport in client.report()
+    ]
+    accepts = [
+        row(server.pid, "server", ip, r, local, lport)
+        for ip, local, r, lport, _ in server.report()
+    ]
+    noise.report()
+    for sock in servers:
+        sock.close()
+    assert len(connects) == len(accepts) == 49
+    return connects, accepts
+
+
+def lost(tool):
+    """How many events the tool said in the end that it lost, after it said so in parts."""
+    said = tool.complaints()
+    if not said:
+        return 0
+    parts = [re.fullmatch(r"tcp\w+: lost (\d+) events, .+", line) for line in said[:-1]]
+    total = sum(int(part[1]) for part in parts)
+    assert said[-1] == f"{said[-1].partition(':')[0]}: lost {total} events in all"
+    return total
+
+
+def connect_nonblocking(cpu, address, count):
+    """Begin `count` connects, on one CPU, to where nobody answers: ports 1, 2, 3 and so on, to 65535 and again."""
+    os.sched_setaffinity(0, {cpu})
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    for i in range(count):
+        with socket.socket(family) as client:
+            client.setblocking(False)
+            assert client.connect_ex((address, port_of(i))) == errno.EINPROGRESS
+
+
+def port_of(i):
+    return i % 65535 + 1
