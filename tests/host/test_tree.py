@@ -8,7 +8,14 @@ import sys
 import pytest
 from conftest import TOOLS, TOP, load
 
-SHELL = ("tests/run", "tests/soak", "tests/vm", "tests/install", ".ci/run", "examples/demo")
+SHELL = (
+    "tests/run",
+    "tests/soak",
+    "tests/vm",
+    "tests/install",
+    ".ci/run",
+    "examples/demo",
+)
 
 
 def shared(name):
