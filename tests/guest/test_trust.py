@@ -1,7 +1,6 @@
 """What the tools promise under load, faults and strange surroundings. Every count of connections is a prime number."""
 
 import ctypes
-import errno
 import os
 import pathlib
 import re
@@ -29,7 +28,6 @@ from conftest import (
     row,
     show,
 )
-from io_uring import IORING_OP_ACCEPT, IORING_OP_CONNECT, Ring
 from traffic import (
     connect_nonblocking,
     connect_to,
@@ -37,7 +35,6 @@ from traffic import (
     lost,
     port_of,
     run_mixed_traffic,
-    serve,
 )
 
 both_ways = pytest.mark.parametrize("way", ["fexit", "kprobe"])
@@ -257,29 +254,6 @@ def test_ftrace_turned_off():
     )
 
 
-@pytest.mark.parametrize("name", TOOLS)
-def test_btf_cut_short(tmp_path, name):
-    """Kernel headers are tried, which are not there either."""
-    btf = "/sys/kernel/btf/vmlinux"
-    whole = pathlib.Path(btf).read_bytes()
-    cut = tmp_path / "btf"
-    cut.write_bytes(whole[: len(whole) // 2])
-    subprocess.run(["mount", "--bind", cut, btf], check=True)
-    try:
-        done = subprocess.run(
-            [TOP / name],
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-            check=False,
-        )
-    finally:
-        show(btf)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"{name}: error: no usable BTF ({btf}) and no kernel")
-    assert done.stderr.count("\n") == 1
-
-
 def test_pid_that_does_not_exist_yet(start):
     """Is traced all the same, once it does."""
     last = pathlib.Path("/proc/sys/kernel/ns_last_pid")
@@ -306,42 +280,6 @@ def test_pid_in_a_pid_namespace_of_its_own(start):
     assert tool.complaints() == [
         "tcpaccept: this is a PID namespace of its own: -p 1 means PID 1 of the host"
     ]
-
-
-def contained(told):
-    """In the container: accept and connect 3 times, and tell the PID there and the port."""
-    server = listener(socket.AF_INET, "127.0.0.1")
-    port = server.getsockname()[1]
-    for _ in range(3):
-        with socket.create_connection(("127.0.0.1", port)):
-            server.accept()[0].close()
-    os.write(told, f"{os.getpid()} {port}".encode())
-
-
-def run_container():
-    """[PID on the host, PID in the container, port] of a process in namespaces of its own, which connects 3 times."""
-    unshare(CLONE_NEWNET | CLONE_NEWNS | CLONE_NEWPID)
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-            contained(writer)
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitpid(pid, 0)[1] == 0
-    return [pid, *map(int, os.read(reader, 100).split())]
-
-
-@both_ways
-def test_container(start, way):
-    tools = start(*TOOLS, TCPTRACE_WAY=way)
-    pid, inner, port = Worker(b"contained", run_container).report()
-    assert inner == 1 != pid
-    line = row(pid, "contained", 4, "127.0.0.1", "127.0.0.1", port)
-    assert [tool.stop() for tool in tools] == [[line] * 3] * 2
 
 
 def test_side_by_side(start):
@@ -445,150 +383,6 @@ def test_nothing_is_left_behind(start, way):
     while left_behind() != before and time.monotonic() < deadline:
         time.sleep(0.1)  # the kernel frees maps a little later
     assert left_behind() == before
-
-
-def connect_strangely(port, port6):
-    """Connects of many kinds; (how many rows each should make). Every socket is greeted by its server."""
-    with socket.socket() as client:  # the second connect() does nothing
-        client.connect((IPV4, port))
-        assert client.connect_ex((IPV4, port)) == errno.EISCONN
-        client.recv(1)
-    with socket.socket() as client:  # non-blocking, asked again for the outcome
-        client.setblocking(False)
-        assert client.connect_ex((IPV4, port)) == errno.EINPROGRESS
-        while client.connect_ex((IPV4, port)) not in (0, errno.EISCONN):
-            time.sleep(0.01)
-        client.setblocking(True)
-        client.recv(1)
-    with socket.socket() as client:  # dissolved (AF_UNSPEC) and connected anew: two
-        client.connect((IPV4, port))
-        client.recv(1)
-        libc = ctypes.CDLL(None, use_errno=True)
-        assert libc.connect(client.fileno(), bytes(16), 16) == 0
-        client.connect((IPV4, port))
-        client.recv(1)
-    with socket.socket(socket.AF_INET6) as client:
-        client.connect((IPV6, port6))
-        client.recv(1)
-
-
-@both_ways
-def test_strange_connects(start, way):
-    tools = start(*TOOLS, TCPTRACE_WAY=way)
-    servers = [listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)]
-    port, port6 = (server.getsockname()[1] for server in servers)
-    server = Worker(b"server", serve, servers, 5)
-    client = Worker(b"client", connect_strangely, port, port6)
-    client.report()
-    server.report()
-    for tool, worker, comm in zip(tools, (client, server), ("client", "server")):
-        four = row(worker.pid, comm, 4, IPV4, IPV4, port)
-        six = row(worker.pid, comm, 6, IPV6, IPV6, port6)
-        assert tool.stop() == [four] * 4 + [six]
-
-
-def connect_fast_open(port, count):
-    """TCP Fast Open, by connect() and by sendto(); each sends at once and is greeted."""
-    for i in range(count):
-        with socket.socket() as client:
-            if i % 2:
-                client.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
-                client.connect((IPV4, port))
-                client.send(b"data")
-            else:
-                assert client.sendto(b"data", MSG_FASTOPEN, (IPV4, port)) == 4
-            client.recv(1)
-
-
-def accept_fast_open(server, count):
-    for _ in range(count):
-        with server.accept()[0] as peer:
-            assert peer.recv(4) == b"data"
-            peer.send(b".")
-
-
-@both_ways
-def test_fast_open(start, way):
-    """The first connection asks for a cookie, the others carry data in their SYN."""
-    sysctl = pathlib.Path("/proc/sys/net/ipv4/tcp_fastopen")
-    before = sysctl.read_text()
-    sysctl.write_text("3")
-    try:
-        tools = start(*TOOLS, TCPTRACE_WAY=way)
-        server = listener(socket.AF_INET, IPV4)
-        server.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN, 16)
-        port = server.getsockname()[1]
-        acceptor = Worker(b"server", accept_fast_open, server, 7)
-        client = Worker(b"client", connect_fast_open, port, 7)
-        client.report()
-        acceptor.report()
-        stats = pathlib.Path("/proc/net/netstat").read_text().splitlines()
-        names, values = (line.split() for line in stats[:2])
-        assert int(values[names.index("TCPFastOpenActive")]) > 0
-    finally:
-        sysctl.write_text(before)
-    assert tools[0].stop() == [row(client.pid, "client", 4, IPV4, IPV4, port)] * 7
-    assert tools[1].stop() == [row(acceptor.pid, "server", 4, IPV4, IPV4, port)] * 7
-
-
-def connect_by_io_uring(port, count):
-    ring = Ring()
-    for _ in range(count):
-        with socket.socket() as client:
-            address = (ctypes.c_uint8 * 16)(
-                *socket.AF_INET.to_bytes(2, "little"),
-                *port.to_bytes(2, "big"),
-                *socket.inet_aton(IPV4),
-            )
-            assert ring.run(IORING_OP_CONNECT, client.fileno(), address) == 0
-            client.recv(1)
-
-
-def accept_by_io_uring(server, count):
-    ring = Ring()
-    for _ in range(count):
-        with socket.socket(fileno=ring.run(IORING_OP_ACCEPT, server.fileno())) as peer:
-            peer.send(b".")
-
-
-@both_ways
-def test_io_uring(start, way):
-    tools = start(*TOOLS, TCPTRACE_WAY=way)
-    server = listener(socket.AF_INET, IPV4)
-    port = server.getsockname()[1]
-    acceptor = Worker(b"server", accept_by_io_uring, server, 5)
-    client = Worker(b"client", connect_by_io_uring, port, 5)
-    client.report()
-    acceptor.report()
-    assert tools[0].stop() == [row(client.pid, "client", 4, IPV4, IPV4, port)] * 5
-    assert tools[1].stop() == [row(acceptor.pid, "server", 4, IPV4, IPV4, port)] * 5
-
-
-def connect_mptcp(port, count):
-    for _ in range(count):
-        with socket.socket(proto=IPPROTO_MPTCP) as client:
-            client.connect((IPV4, port))
-            client.recv(1)
-
-
-@both_ways
-def test_multipath_tcp(start, way):
-    """A connection with one subflow: one row in each tool."""
-    sysctl = pathlib.Path("/proc/sys/net/mptcp/enabled")
-    if not sysctl.exists():
-        pytest.skip("this kernel has no Multipath TCP")
-    sysctl.write_text("1")
-    tools = start(*TOOLS, TCPTRACE_WAY=way)
-    server = socket.socket(proto=IPPROTO_MPTCP)
-    server.bind((IPV4, 0))
-    server.listen(16)
-    port = server.getsockname()[1]
-    acceptor = Worker(b"server", serve, [server], 5)
-    client = Worker(b"client", connect_mptcp, port, 5)
-    client.report()
-    acceptor.report()
-    assert tools[0].stop() == [row(client.pid, "client", 4, IPV4, IPV4, port)] * 5
-    assert tools[1].stop() == [row(acceptor.pid, "server", 4, IPV4, IPV4, port)] * 5
 
 
 @both_ways

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import pathlib
 import random
 import re
 import select
 import socket
+import threading
 
 from conftest import IPV4, IPV6, Worker, row
 
@@ -136,3 +138,46 @@ def connect_nonblocking(cpu, address, count):
 
 def port_of(i):
     return i % 65535 + 1
+
+
+def accept_in_threads(server, count, ready):
+    """Accept `count` connections, each in a thread of its own, all blocked in accept() at once; the remote ports."""
+    ports = []
+
+    def accept():
+        pathlib.Path("/proc/thread-self/comm").write_text(
+            "blocked"
+        )  # Python 3.14 names threads
+        connection, peer = server.accept()
+        ports.append(peer[1])
+        connection.close()
+
+    threads = [threading.Thread(target=accept) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    while sum(is_accepting(task) for task in os.listdir("/proc/self/task")) < count:
+        os.sched_yield()
+    os.write(ready, b".")
+    for thread in threads:
+        thread.join()
+    return ports
+
+
+def is_accepting(task):
+    call = pathlib.Path(f"/proc/self/task/{task}/syscall").read_text().split()[0]
+    return call in ("43", "288")  # accept, accept4 on x86-64
+
+
+def connect_often(address, port, count):
+    for _ in range(count):
+        with socket.create_connection((address, port)) as client:
+            client.recv(1)
+
+
+def connect_refused(address):
+    """Connect to a port where nobody listens; the port."""
+    with listener(socket.AF_INET, address) as closed:
+        port = closed.getsockname()[1]
+    with socket.socket() as client:
+        assert client.connect_ex((address, port)) == errno.ECONNREFUSED
+    return port

@@ -1,0 +1,323 @@
+"""Every kind of connection, shown by both tools, each tracing by fexit and by kprobe at once.
+
+The tools run under a locale that has no letters but ASCII's.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import DEADLINE, IPV4, IPV6, TOOLS, Tool, Worker, row
+from io_uring import IORING_OP_ACCEPT, IORING_OP_CONNECT, Ring
+from traffic import accept_in_threads, connect_often, connect_refused, listener, serve
+
+WAYS = ("fexit", "kprobe")
+CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWNET = 0x00020000, 0x20000000, 0x40000000
+TCP_FASTOPEN, TCP_FASTOPEN_CONNECT, MSG_FASTOPEN = 23, 30, 0x20000000
+IPPROTO_MPTCP = 262
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory):
+    """{(name, way): Tool}, all tracing."""
+    env = {**os.environ, "LANG": "C", "PYTHONIOENCODING": "ascii"}
+    found = {}
+    for name in TOOLS:
+        for way in WAYS:
+            folder = tmp_path_factory.mktemp(f"{name}-{way}")
+            environment = {**env, "TCPTRACE_WAY": way, "TCPTRACE_DEBUG": "1"}
+            found[name, way] = Tool(folder, name, env=environment)
+    for tool in found.values():
+        tool.wait_for_header()
+    assert {key: tool.way() for key, tool in found.items()} == {
+        (name, way): way for name, way in found
+    }
+    yield found
+    for tool in found.values():
+        tool.end()
+        assert tool.complaints() == []
+
+
+@pytest.fixture
+def expect(tools):
+    """expect(connects, accepts): these are the rows of this test, in every tool."""
+    before = {key: len(tool.rows()) for key, tool in tools.items()}
+
+    def expect_rows(connects, accepts):
+        marker = Worker(b"marker", connect_to_itself, 1)
+        marker.report()
+        for (name, way), tool in tools.items():
+            rows = tool.rows()
+            deadline = time.monotonic() + DEADLINE
+            while not rows or not rows[-1].startswith(f"{marker.pid:<7} marker "):
+                assert time.monotonic() < deadline, "the marker does not show"
+                time.sleep(0.05)
+                rows = tool.rows()
+            new = rows[before[name, way] : -1]
+            assert (name, way, new) == (
+                name,
+                way,
+                connects if name == "tcpconnect" else accepts,
+            )
+
+    return expect_rows
+
+
+def connect_to_itself(count):
+    """Connect and accept, one after the other; the port."""
+    with listener(socket.AF_INET, "127.0.0.1") as server:
+        port = server.getsockname()[1]
+        for _ in range(count):
+            with socket.create_connection(("127.0.0.1", port)):
+                server.accept()[0].close()
+    return port
+
+
+def run_container():
+    """[PID on the host, PID in the container, port] of a process in namespaces of its own, which connects 3 times."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(CLONE_NEWNET | CLONE_NEWNS | CLONE_NEWPID) == 0
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+            os.write(writer, f"{os.getpid()} {connect_to_itself(3)}".encode())
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+    return [pid, *map(int, os.read(reader, 100).split())]
+
+
+def test_container(expect):
+    pid, inner, port = Worker(b"contained", run_container).report()
+    assert inner == 1 != pid
+    line = row(pid, "contained", 4, "127.0.0.1", "127.0.0.1", port)
+    expect([line] * 3, [line] * 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"\x1b[31mred", "\\x1b[31mred"),
+        (b"two\nlines", "two\\nlines"),
+        (b"  blanks", "\\x20\\x20blanks"),
+        (b"\xff\xfe", "\\xff\\xfe"),
+        ("caf\u00e9".encode(), "caf\u00e9"),
+        (b"back\\slash", "back\\\\slash"),
+        (b"plain", "plain"),
+    ],
+    ids=["escape", "newline", "blanks", "not-utf8", "utf8", "backslash", "plain"],
+)
+def test_hostile_names_stay_on_their_row(expect, name, shown):
+    worker = Worker(name, connect_to_itself, 1)
+    port = worker.report()
+    line = row(worker.pid, shown, 4, "127.0.0.1", "127.0.0.1", port)
+    expect([line], [line])
+
+
+def test_refused_later_is_a_row(expect):
+    worker = Worker(b"refused", connect_refused, IPV4)
+    port = worker.report()
+    expect([row(worker.pid, "refused", 4, IPV4, IPV4, port)], [])
+
+
+def test_reset_before_accept_keeps_its_port(expect):
+    server = listener(socket.AF_INET, IPV4)
+    port = server.getsockname()[1]
+    for _ in range(7):
+        client = socket.create_connection((IPV4, port))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.close()
+    for _ in range(7):
+        with contextlib.suppress(OSError):
+            server.accept()[0].close()
+    comm = pathlib.Path("/proc/self/comm").read_text().rstrip("\n")
+    lines = [row(os.getpid(), comm, 4, IPV4, IPV4, port)] * 7
+    expect(lines, lines)
+
+
+def test_many_threads_blocked_in_accept(expect):
+    """More of them than a kretprobe has slots."""
+    server = listener(socket.AF_INET, IPV4)
+    port = server.getsockname()[1]
+    ready, tell = os.pipe()
+    worker = Worker(b"blocked", accept_in_threads, server, 211, tell)
+    os.read(ready, 1)
+    client = Worker(b"client", connect_often, IPV4, port, 211)
+    client.report()
+    assert len(worker.report()) == 211
+    connects = [row(client.pid, "client", 4, IPV4, IPV4, port)] * 211
+    expect(connects, [row(worker.pid, "blocked", 4, IPV4, IPV4, port)] * 211)
+
+
+def test_real_programs(expect):
+    """curl by its name, against Python's own web server."""
+    assert shutil.which("curl"), "curl is not in this guest"
+    server = subprocess.Popen(
+        [sys.executable, "-u", "-m", "http.server", "--bind", IPV4, "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd="/mnt",
+    )
+    port = int(server.stdout.readline().split(" port ")[1].split()[0])
+    comm = pathlib.Path(f"/proc/{server.pid}/comm").read_text().rstrip("\n")
+    pids = []
+    for _ in range(3):
+        curl = subprocess.Popen(
+            ["curl", "-s", "-o", "/dev/null", f"http://{IPV4}:{port}/"]
+        )
+        assert curl.wait(DEADLINE) == 0
+        pids.append(curl.pid)
+    server.kill()
+    server.communicate()
+    expect(
+        [row(pid, "curl", 4, IPV4, IPV4, port) for pid in pids],
+        [row(server.pid, comm, 4, IPV4, IPV4, port)] * 3,
+    )
+
+
+def connect_strangely(port, port6):
+    """Four IPv4 connects with something odd about them, and a plain IPv6 one."""
+    with socket.socket() as client:  # the second connect() does nothing
+        client.connect((IPV4, port))
+        assert client.connect_ex((IPV4, port)) == errno.EISCONN
+        client.recv(1)
+    with socket.socket() as client:  # non-blocking, asked again for the outcome
+        client.setblocking(False)
+        assert client.connect_ex((IPV4, port)) == errno.EINPROGRESS
+        while client.connect_ex((IPV4, port)) not in (0, errno.EISCONN):
+            time.sleep(0.01)
+        client.setblocking(True)
+        client.recv(1)
+    with socket.socket() as client:  # dissolved (AF_UNSPEC) and connected anew: two
+        client.connect((IPV4, port))
+        client.recv(1)
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.connect(client.fileno(), bytes(16), 16) == 0
+        client.connect((IPV4, port))
+        client.recv(1)
+    with socket.socket(socket.AF_INET6) as client:
+        client.connect((IPV6, port6))
+        client.recv(1)
+
+
+def test_strange_connects(expect):
+    servers = [listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)]
+    port, port6 = (server.getsockname()[1] for server in servers)
+    server = Worker(b"server", serve, servers, 5)
+    client = Worker(b"client", connect_strangely, port, port6)
+    client.report()
+    server.report()
+    expect(
+        *(
+            [row(worker.pid, comm, 4, IPV4, IPV4, port)] * 4
+            + [row(worker.pid, comm, 6, IPV6, IPV6, port6)]
+            for worker, comm in ((client, "client"), (server, "server"))
+        )
+    )
+
+
+def expect_five(expect, client, server, port):
+    """Five connections between two workers."""
+    client.report()
+    server.report()
+    expect(
+        [row(client.pid, "client", 4, IPV4, IPV4, port)] * 5,
+        [row(server.pid, "server", 4, IPV4, IPV4, port)] * 5,
+    )
+
+
+def connect_fast_open(port, count):
+    """TCP Fast Open, by connect() and by sendto(); each sends at once and is greeted."""
+    for i in range(count):
+        with socket.socket() as client:
+            if i % 2:
+                client.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
+                client.connect((IPV4, port))
+                client.send(b"data")
+            else:
+                assert client.sendto(b"data", MSG_FASTOPEN, (IPV4, port)) == 4
+            client.recv(1)
+
+
+def accept_fast_open(server, count):
+    for _ in range(count):
+        with server.accept()[0] as peer:
+            assert peer.recv(4) == b"data"
+            peer.send(b".")
+
+
+def test_fast_open(expect):
+    """The first connection asks for a cookie, the others carry data in their SYN."""
+    pathlib.Path("/proc/sys/net/ipv4/tcp_fastopen").write_text("3")
+    server = listener(socket.AF_INET, IPV4)
+    server.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN, 16)
+    port = server.getsockname()[1]
+    acceptor = Worker(b"server", accept_fast_open, server, 5)
+    client = Worker(b"client", connect_fast_open, port, 5)
+    expect_five(expect, client, acceptor, port)
+    stats = pathlib.Path("/proc/net/netstat").read_text().splitlines()
+    names, values = (line.split() for line in stats[:2])
+    assert int(values[names.index("TCPFastOpenActive")]) > 0
+
+
+def connect_by_io_uring(port, count):
+    ring = Ring()
+    for _ in range(count):
+        with socket.socket() as client:
+            address = (ctypes.c_uint8 * 16)(
+                *socket.AF_INET.to_bytes(2, "little"),
+                *port.to_bytes(2, "big"),
+                *socket.inet_aton(IPV4),
+            )
+            assert ring.run(IORING_OP_CONNECT, client.fileno(), address) == 0
+            client.recv(1)
+
+
+def accept_by_io_uring(server, count):
+    ring = Ring()
+    for _ in range(count):
+        with socket.socket(fileno=ring.run(IORING_OP_ACCEPT, server.fileno())) as peer:
+            peer.send(b".")
+
+
+def test_io_uring(expect):
+    server = listener(socket.AF_INET, IPV4)
+    port = server.getsockname()[1]
+    acceptor = Worker(b"server", accept_by_io_uring, server, 5)
+    client = Worker(b"client", connect_by_io_uring, port, 5)
+    expect_five(expect, client, acceptor, port)
+
+
+def connect_mptcp(port, count):
+    for _ in range(count):
+        with socket.socket(proto=IPPROTO_MPTCP) as client:
+            client.connect((IPV4, port))
+            client.recv(1)
+
+
+def test_multipath_tcp(expect):
+    """A connection with one subflow."""
+    sysctl = pathlib.Path("/proc/sys/net/mptcp/enabled")
+    if not sysctl.exists():
+        pytest.skip("this kernel has no Multipath TCP")
+    sysctl.write_text("1")
+    server = socket.socket(proto=IPPROTO_MPTCP)
+    server.bind((IPV4, 0))
+    server.listen(16)
+    port = server.getsockname()[1]
+    acceptor = Worker(b"server", serve, [server], 5)
+    client = Worker(b"client", connect_mptcp, port, 5)
+    expect_five(expect, client, acceptor, port)
