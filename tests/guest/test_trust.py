@@ -38,13 +38,6 @@ from traffic import (
 )
 
 both_ways = pytest.mark.parametrize("way", ["fexit", "kprobe"])
-CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWNET = 0x00020000, 0x20000000, 0x40000000
-TCP_FASTOPEN, TCP_FASTOPEN_CONNECT, MSG_FASTOPEN, IPPROTO_MPTCP = (
-    23,
-    30,
-    0x20000000,
-    262,
-)
 
 
 @both_ways
@@ -267,11 +260,6 @@ def test_pid_that_does_not_exist_yet(start):
         f"{pid:<7} {'late':<12} 4  {IPV4:<16} {NOBODY4:<16} {port_of(i)}"
         for i in range(3)
     ]
-
-
-def unshare(flags):
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.unshare(flags) == 0, os.strerror(ctypes.get_errno())
 
 
 def test_pid_in_a_pid_namespace_of_its_own(start):
