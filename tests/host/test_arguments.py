@@ -1,13 +1,17 @@
 import argparse
 import os
+import pwd
+import re
 
 import pytest
 from conftest import TOP, load, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+# The seed's text, and what has been added since.
 HELP = """\
-usage: {name} [-h] [-t] [-p PID] [-b PAGES]
+usage: {name} [-h] [-t] [-p PID] [-P PORT] [-4 | -6] [-u UID] [-T] [-U]
+       {gap} [{own}] [-b PAGES]
 
 Trace TCP {what}s
 
@@ -15,6 +19,17 @@ optional arguments:
   -h, --help            show this help message and exit
   -t, --timestamp       include timestamp on output
   -p PID, --pid PID     trace this PID only
+
+filters (PID, PORT and UID may be lists: 80,443):
+  -P PORT, --port PORT  trace this {side} port only
+  -4, --ipv4            trace IPv4 only
+  -6, --ipv6            trace IPv6 only
+  -u UID, --uid UID     trace this user only, by number or name
+
+output:
+  -T, --time            include time of day on output (HH:MM:SS)
+  -U, --print-uid       include UID on output
+  {own}, --{column}           include {title} on output
   -b PAGES, --buffer-pages PAGES
                         size of each CPU's buffer (default: 256 pages)
 
@@ -22,7 +37,26 @@ examples:
     ./{name}           # trace all TCP {what}()s
     ./{name} -t        # include timestamps
     ./{name} -p 181    # only trace PID 181
+    ./{name} -P 80,81  # only trace ports 80 and 81
 """
+OWN = {
+    "tcpconnect": {
+        "own": "-L",
+        "column": "lport",
+        "title": "LPORT, the local port,",
+        "side": "destination",
+    },
+    "tcpaccept": {
+        "own": "-R",
+        "column": "rport",
+        "title": "RPORT, the remote port,",
+        "side": "local",
+    },
+}
+
+
+def help_text(name):
+    return HELP.format(name=name, what=name[3:], gap=" " * len(name), **OWN[name])
 
 
 @pytest.fixture
@@ -37,28 +71,30 @@ def test_help_is_the_seeds(name, no_bcc, option):
     done = run(name, option, env=no_bcc)
     assert (done.returncode, done.stdout, done.stderr) == (
         0,
-        HELP.format(name=name, what=name[3:]),
+        help_text(name),
         "",
     )
 
 
 def test_help_is_the_example_files_usage(name):
     text = (TOP / "examples" / f"{name}_example.txt").read_text()
-    assert text.endswith(
-        f"USAGE message:\n\n# ./{name} -h\n{HELP.format(name=name, what=name[3:])}"
-    )
+    assert text.endswith(f"USAGE message:\n\n# ./{name} -h\n{help_text(name)}")
+
+
+def test_help_fits_a_screen(name):
+    lines = help_text(name).splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         [option, value]
-        for option in ("-p", "-b")
+        for option in ("-p", "-P", "-b", "-u")
         for value in (
-            "abc",
+            "no such user",
             "-1",
-            "0",
-            "4194305",
+            "4294967295",
             "99999999999",
             "1; x",
             "1)return(0",
@@ -66,16 +102,20 @@ def test_help_is_the_example_files_usage(name):
             " 1",
             "+1",
             "1_0",
+            "1,,2",
+            ",".join(["1"] * 65),
         )
     ]
+    + [["-p", "0"], ["-p", "4194305"], ["-P", "0"], ["-P", "65536"], ["-b", "0"]]
+    + [["-b", "1,2"], ["-4", "-6"], ["-p", "abc"], ["-P", "http"]]
     + [["-p", "\u0661"], ["-p"], ["--pid=1.0"], ["-x"], ["181"], ["-t", "-q"]]
     + [["-b", "3"], ["-b", "32768"], ["--buffer-pages", "\u00b2"], ["-b"]],
 )
 def test_bad_arguments(name, no_bcc, arguments):
     done = run(name, *arguments, env=no_bcc)
-    usage, error, *rest = done.stderr.splitlines()
-    assert (done.returncode, done.stdout, rest) == (2, "", [])
-    assert usage == f"usage: {name} [-h] [-t] [-p PID] [-b PAGES]"
+    *usage, error = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert usage == help_text(name).splitlines()[:2]
     assert error.startswith(f"{name}: error: ")
 
 
@@ -124,14 +164,53 @@ def test_bcc_missing(name, no_bcc):
 
 
 def test_ebpf_prints_the_program(name):
-    done = run(name, "--ebpf", "-p", "181")
+    options = ["-p", "181,182", "-P", "80", "-u", "0,nobody", "-6", "-U"]
+    done = run(name, "--ebpf", *options)
+    nobody = pwd.getpwnam("nobody").pw_uid
     assert (done.returncode, done.stderr) == (0, "")
-    assert "#define FILTER_PID 181\n" in done.stdout
-    assert "FILTER_PID" not in run(name, "--ebpf").stdout.partition("struct event_t")[0]
-    assert (
-        f"{'tcp_v4_connect' if name == 'tcpconnect' else 'inet_csk_accept'}"
-        in done.stdout
+    assert done.stdout.startswith(
+        "#define FILTER_PID(x) ((x) == 181u || (x) == 182u)\n"
+        "#define FILTER_PORT(x) ((x) == 80u)\n"
+        f"#define FILTER_UID(x) ((x) == 0u || (x) == {nobody}u)\n"
+        "#define FILTER_IP 6\n"
+        "#define PRINT_UID 1\n"
     )
+    bare = run(name, "--ebpf", "-t", "-T", "-b", "8").stdout
+    assert "#define FILTER" not in bare and "#define PRINT" not in bare
+    function = "tcp_v4_connect" if name == "tcpconnect" else "inet_csk_accept"
+    assert function in bare
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-9, 70000) | st.text(max_size=6), max_size=70))
+def test_lists(values):
+    """Each value is taken or refused as it would be alone."""
+    tool = load("tcpconnect")
+    text = ",".join(map(str, values))
+    good = [part for part in text.split(",") if is_port(part)]
+    try:
+        assert tool.list_of(tool.port_number)(text) == [int(part) for part in good]
+        assert len(good) == len(text.split(",")) <= 64
+    except argparse.ArgumentTypeError:
+        assert len(good) < len(text.split(",")) or len(good) > 64
+
+
+def is_port(text):
+    return re.fullmatch("[0-9]{1,10}", text) is not None and 1 <= int(text) <= 65535
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_no_text_reaches_the_c_program(text):
+    tool = load("tcpaccept")
+    try:
+        uid = tool.uid_number(text)
+    except argparse.ArgumentTypeError:
+        return
+    args = argparse.Namespace(
+        pid=None, port=None, uid=[uid], ipv4=False, ipv6=False, print_uid=False
+    )
+    assert tool.filters(args) == {"FILTER_UID(x)": f"((x) == {uid:d}u)"}
 
 
 def test_unprivileged(name):

@@ -1,5 +1,7 @@
 """The struct layout from BTF: crafted files, byte by byte as linux/btf.h describes them, and this machine's own."""
 
+import argparse
+import functools
 import os
 import re
 import struct
@@ -141,7 +143,11 @@ def ways(tool, path, preemptible=False):
     tool.BTF = path
     tool.is_preemptible = lambda: preemptible
     tool.import_bcc()
-    return dict(tool.ways_to_trace(tool.STRUCTS, tool.fexit_defines))
+    fexit_defines = tool.fexit_defines
+    if tool.NAME == "tcpconnect":
+        both = argparse.Namespace(ipv4=False, ipv6=False)
+        fexit_defines = functools.partial(fexit_defines, both)
+    return dict(tool.ways_to_trace(tool.STRUCTS, fexit_defines, {}))
 
 
 def offsets(text):

@@ -9,8 +9,14 @@ from conftest import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-PLAIN = argparse.Namespace(timestamp=False)
-TIMED = argparse.Namespace(timestamp=True)
+
+def options(**given):
+    names = ("timestamp", "time", "print_uid", "lport", "rport")
+    return argparse.Namespace(**{**dict.fromkeys(names, False), **given})
+
+
+PLAIN = options()
+TIMED = options(timestamp=True)
 
 
 def packed(text):
@@ -18,11 +24,13 @@ def packed(text):
     return socket.inet_pton(family, text).ljust(16, b"\0")
 
 
-def event(pid, comm, ip, first, second, port, ts=5_000_000_000):
+def event(pid, comm, ip, first, second, port, ts=5_000_000_000, uid=0, other_port=0):
     return (
         ts,
         pid,
+        uid,
         ip,
+        other_port,
         port,
         packed(first),
         packed(second),
@@ -78,6 +86,27 @@ def test_time_column(tool):
         "0.002     1       ",
         "61.000    1       ",
     ]
+
+
+def test_every_column(name, tool, monkeypatch):
+    """-T, -t, -U and the other port, where bcc's users look for them."""
+    monkeypatch.setenv("TZ", "UTC")
+    tool.time.tzset()
+    monkeypatch.setattr(tool.time, "monotonic_ns", lambda: 9_000_000_000)
+    monkeypatch.setattr(tool.time, "time", lambda: 1_795_000_004.5)
+    args = options(timestamp=True, time=True, print_uid=True, lport=True, rport=True)
+    found = event(
+        181, "a", 4, "192.0.2.1", "192.0.2.2", 80, uid=65534, other_port=40001
+    )
+    addresses = (
+        "SADDR            LPORT  DADDR            DPORT"
+        if name == "tcpconnect"
+        else "RADDR            RPORT  LADDR            LPORT"
+    )
+    assert tool.header(args) + tool.rows(args, [found], 4_000_000_000) == (
+        f"TIME     TIME(s)   UID    PID     COMM         IP {addresses}\n"
+        "11:06:40 1.000     65534  181     a            4  192.0.2.1        40001  192.0.2.2        80\n"
+    )
 
 
 def test_lines_fit_80_columns(tool):
