@@ -1,0 +1,178 @@
+"""The options against the same traffic: two users' processes, over IPv4, IPv6 and IPv4 through IPv6 sockets."""
+
+import contextlib
+import os
+import pathlib
+import random
+import socket
+import time
+
+import pytest
+from conftest import IPV4, IPV6, TOOLS, Worker, row
+from traffic import MAPPED, connect_to, listener, serve
+
+NOBODY = 65534  # the UID
+TARGETS = [(socket.AF_INET, IPV4), (socket.AF_INET6, IPV6), (socket.AF_INET6, MAPPED)]
+
+
+def as_user(uid, go, function, *args):
+    """function(*args) as another user, once told to go."""
+    os.read(go, 1)
+    os.setresuid(uid, uid, uid)
+    return function(*args)
+
+
+class Traffic:
+    """Clients and servers of two users that wait for go()."""
+
+    def __init__(self):
+        reader, self.writer = os.pipe()
+        self.workers = {}
+        for uid, counts in ((0, (5, 3, 2)), (NOBODY, (2, 5, 3))):
+            servers = [
+                listener(socket.AF_INET, IPV4),
+                listener(socket.AF_INET6, IPV6),
+                listener(socket.AF_INET6, "::"),
+            ]
+            ports = [server.getsockname()[1] for server in servers]
+            targets = [
+                (family, address, port)
+                for (family, address), port, count in zip(TARGETS, ports, counts)
+                for _ in range(count)
+            ]
+            random.Random(uid).shuffle(targets)
+            wait = (uid, reader)
+            self.workers[uid] = (
+                Worker(b"client", as_user, *wait, connect_to, targets),
+                Worker(b"server", as_user, *wait, serve, servers, len(targets)),
+                ports,
+            )
+
+    def go(self):
+        """{tool: [what is known of each of its connections]}, one user's after the other's."""
+        found = {name: [] for name in TOOLS}
+        for uid, (client, server, _) in self.workers.items():
+            os.write(self.writer, b"..")
+            for name, worker in zip(TOOLS, (client, server)):
+                for ip, local, remote, local_port, remote_port in worker.report():
+                    found[name].append(
+                        {
+                            "uid": uid,
+                            "pid": worker.pid,
+                            "comm": "client" if name == "tcpconnect" else "server",
+                            "ip": ip,
+                            "local": local,
+                            "remote": remote,
+                            "lport": local_port,
+                            "rport": remote_port,
+                        }
+                    )
+        return found
+
+
+def connect_row(known, lport=False):
+    other = f"{known['lport']:<6} " if lport else ""
+    return row(
+        known["pid"],
+        known["comm"],
+        known["ip"],
+        known["local"],
+        f"{other}{known['remote']:<16}",
+        known["rport"],
+    )
+
+
+def accept_row(known, rport=False):
+    other = f"{known['rport']:<6} " if rport else ""
+    return row(
+        known["pid"],
+        known["comm"],
+        known["ip"],
+        known["remote"],
+        f"{other}{known['local']:<16}",
+        known["lport"],
+    )
+
+
+@pytest.mark.parametrize("way", ["fexit", "kprobe"])
+def test_filters_and_columns(start, way):
+    traffic = Traffic()
+    (root_client, root_server, ports), (client, server, other) = (
+        traffic.workers.values()
+    )
+    some = f"{ports[0]},{ports[2]},{other[1]}"
+    pids = f"{root_client.pid},{root_server.pid}"
+    began = int(time.time())
+    four, six, timed, accept_four, accept_six, accept_timed = start(
+        f"tcpconnect -4 -U -L -P {some}",
+        "tcpconnect -6 -u nobody",
+        f"tcpconnect -p {pids},{client.pid} -T -t",
+        f"tcpaccept -4 -U -R -P {some}",
+        f"tcpaccept -6 -u {NOBODY},0 -p {server.pid}",
+        f"tcpaccept -u root --pid {pids} --time --timestamp",
+        TCPTRACE_WAY=way,
+    )
+    known = traffic.go()
+    connects, accepts = known["tcpconnect"], known["tcpaccept"]
+    assert len(connects) == len(accepts) == 20
+    picked = [int(port) for port in some.split(",")]
+    assert four.stop() == [
+        f"{c['uid']:<6} {connect_row(c, lport=True)}"
+        for c in connects
+        if c["ip"] == 4 and c["rport"] in picked
+    ]
+    assert accept_four.stop() == [
+        f"{a['uid']:<6} {accept_row(a, rport=True)}"
+        for a in accepts
+        if a["ip"] == 4 and a["lport"] in picked
+    ]
+    assert six.stop() == [
+        connect_row(c) for c in connects if c["ip"] == 6 and c["uid"] == NOBODY
+    ]
+    assert accept_six.stop() == [
+        accept_row(a) for a in accepts if a["ip"] == 6 and a["pid"] == server.pid
+    ]
+    clocks = [
+        time.strftime("%H:%M:%S", time.localtime(second))
+        for second in range(began, int(time.time()) + 2)
+    ]
+    for tool, rows in (
+        (timed, [connect_row(c) for c in connects]),
+        (accept_timed, [accept_row(a) for a in accepts if a["uid"] == 0]),
+    ):
+        shown = [line.split(maxsplit=2) for line in tool.stop()]
+        assert [line[2] for line in shown] == rows
+        assert all(line[0] in clocks for line in shown)
+        seconds = [float(line[1]) for line in shown]
+        assert seconds[0] == 0 and seconds == sorted(seconds)
+        assert tool.out.read_text().startswith("TIME     TIME(s)   PID     COMM ")
+
+
+def test_reset_before_accept_under_a_port_filter(start):
+    """Its socket's port is 0 by then, and it is found all the same."""
+    server, other = listener(socket.AF_INET, IPV4), listener(socket.AF_INET, IPV4)
+    port = server.getsockname()[1]
+    (by_fexit,) = start(f"tcpaccept -P {port}", TCPTRACE_WAY="fexit")
+    (by_kprobe,) = start(f"tcpaccept -P {port}", TCPTRACE_WAY="kprobe")
+    for listening in (server, other) * 7:
+        client = socket.create_connection(listening.getsockname())
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.close()
+        with contextlib.suppress(OSError):
+            listening.accept()[0].close()
+    comm = pathlib.Path("/proc/self/comm").read_text().rstrip("\n")
+    rows = [row(os.getpid(), comm, 4, IPV4, IPV4, port)] * 7
+    assert by_fexit.stop() == rows
+    assert by_kprobe.stop() == rows
+
+
+def test_the_other_family_is_not_attached(start):
+    """-4 works where the kernel has no tcp_v6_connect, and the reverse: what is not asked for is not traced."""
+    tools = start("tcpconnect -4", "tcpconnect -6", TCPTRACE_WAY="fexit")
+    traced = [set(), set()]
+    for tool, names in zip(tools, traced):
+        for fd in pathlib.Path(f"/proc/{tool.process.pid}/fdinfo").iterdir():
+            text = fd.read_text()
+            if "prog_tag" in text:
+                names.add(text)
+    assert [len(names) for names in traced] == [1, 1]
