@@ -1,5 +1,6 @@
 """Start the tools in a guest, and run workloads whose connections are known to the last column."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -50,6 +51,23 @@ def hide(folder):
 
 def show(folder):
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def btf_without(tmp_path, *names):
+    """In this kernel's BTF these names are others of the same length."""
+    btf = pathlib.Path("/sys/kernel/btf/vmlinux")
+    text = btf.read_bytes()
+    for name in names:
+        assert text.count(b"\0%b\0" % name.encode()) == 1
+        text = text.replace(b"\0%b\0" % name.encode(), b"\0%b_\0" % name[1:].encode())
+    changed = tmp_path / "btf"
+    changed.write_bytes(text)
+    subprocess.run(["mount", "--bind", changed, btf], check=True)
+    try:
+        yield
+    finally:
+        show(btf)
 
 
 def best_way():

@@ -1,6 +1,5 @@
 """Both tools against known traffic on this guest's own kernel. Every count of connections is a prime number."""
 
-import contextlib
 import os
 import pathlib
 import signal
@@ -17,6 +16,7 @@ from conftest import (
     TOP,
     Worker,
     best_way,
+    btf_without,
     headers,
     hide,
     probed_functions,
@@ -126,23 +126,6 @@ def test_unprivileged():
     assert said == {
         name: f"{name}: error: needs root: try sudo {name}\n" for name in TOOLS
     }
-
-
-@contextlib.contextmanager
-def btf_without(tmp_path, *names):
-    """In this kernel's BTF these names are others of the same length."""
-    btf = pathlib.Path("/sys/kernel/btf/vmlinux")
-    text = btf.read_bytes()
-    for name in names:
-        assert text.count(b"\0%b\0" % name.encode()) == 1
-        text = text.replace(b"\0%b\0" % name.encode(), b"\0%b_\0" % name[1:].encode())
-    changed = tmp_path / "btf"
-    changed.write_bytes(text)
-    subprocess.run(["mount", "--bind", changed, btf], check=True)
-    try:
-        yield
-    finally:
-        show(btf)
 
 
 def test_kernel_without_ipv6(start, tmp_path):
