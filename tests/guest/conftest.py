@@ -87,6 +87,7 @@ class Tool:
     def __init__(self, folder, command, pipe=None, wrapper=(), **options):
         name, *args = command.split()
         self.out, self.err, self.pipe = folder / "out", folder / "err", pipe
+        self.titles = 0 if "--json" in args else 1
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen(
                 [*wrapper, TOP / name, *args], stdout=pipe or out, stderr=err, **options
@@ -95,6 +96,8 @@ class Tool:
     def has_header(self):
         if self.pipe:
             return fcntl.ioctl(self.pipe, termios.FIONREAD, bytes(4)) != bytes(4)
+        if not self.titles:
+            return ": tracing\n" in self.err.read_text()
         return b"\n" in self.out.read_bytes()
 
     def wait_for_header(self):
@@ -106,7 +109,7 @@ class Tool:
 
     def rows(self):
         """What it has printed below the header."""
-        return self.out.read_text().splitlines()[1:]
+        return self.out.read_text().splitlines()[self.titles :]
 
     def end(self, signum=signal.SIGINT):
         self.process.send_signal(signum)
@@ -128,7 +131,7 @@ class Tool:
     def complaints(self):
         """What it said on stderr beside what TCPTRACE_DEBUG makes it say."""
         said = self.err.read_text().splitlines()
-        debug = re.compile(r"tcp\w+: (fexit|kprobe|headers): ")
+        debug = re.compile(r"tcp\w+: ((fexit|kprobe|headers): |tracing$)")
         return [
             line for line in said if line.startswith("tcp") and not debug.match(line)
         ]

@@ -1,14 +1,18 @@
 """The options against the same traffic: two users' processes, over IPv4, IPv6 and IPv4 through IPv6 sockets."""
 
 import contextlib
+import datetime
+import json
 import os
 import pathlib
 import random
+import re
 import socket
+import subprocess
 import time
 
 import pytest
-from conftest import IPV4, IPV6, TOOLS, Worker, btf_without, row
+from conftest import IPV4, IPV6, TOOLS, Worker, btf_without, row, show
 from traffic import MAPPED, connect_to, listener, run_mixed_traffic, serve
 
 NOBODY = 65534  # the UID
@@ -146,6 +150,60 @@ def test_filters_and_columns(start, way):
         seconds = [float(line[1]) for line in shown]
         assert seconds[0] == 0 and seconds == sorted(seconds)
         assert tool.out.read_text().startswith("TIME     TIME(s)   PID     COMM ")
+
+
+@pytest.fixture
+def cgroup(tmp_path):
+    """A cgroup (version 2) of its own."""
+    mount = tmp_path / "cgroup2"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "cgroup2", "none", str(mount)], check=True)
+    folder = mount / "tcp-test"
+    folder.mkdir()
+    yield folder
+    folder.rmdir()
+    show(mount)
+
+
+@pytest.mark.parametrize("way", ["fexit", "kprobe"])
+def test_json(start, cgroup, way):
+    """The same four addresses and ports in both tools; the one user's processes in a cgroup of their own."""
+    traffic = Traffic()
+    for worker in traffic.workers[NOBODY][:2]:
+        (cgroup / "cgroup.procs").write_text(str(worker.pid))
+    began = time.time()
+    tools = start("tcpconnect --json", "tcpaccept --json", TCPTRACE_WAY=way)
+    known = traffic.go()
+    addresses = ("saddr", "sport", "daddr", "dport")
+    joined = []
+    for tool, name in zip(tools, TOOLS):
+        lines = [json.loads(line) for line in tool.stop()]
+        for line in lines:
+            stamp = line.pop("ts")
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", stamp)
+            at = datetime.datetime.fromisoformat(stamp.replace("Z", "+00:00"))
+            assert began - 1 < at.timestamp() < time.time() + 1
+        client = ("local", "lport", "remote", "rport")
+        server = ("remote", "rport", "local", "lport")
+        ends = client if name == "tcpconnect" else server
+        root = cgroup.parent.stat().st_ino
+        assert lines == [
+            {
+                "host": os.uname().nodename,
+                "event": name[3:],
+                "pid": one["pid"],
+                "tid": one["pid"],
+                "uid": one["uid"],
+                "comm": one["comm"],
+                "ip": one["ip"],
+                **{key: one[end] for key, end in zip(addresses, ends)},
+                "netns": os.stat("/proc/self/ns/net").st_ino,
+                "cgroup": cgroup.stat().st_ino if one["uid"] == NOBODY else root,
+            }
+            for one in known[name]
+        ]
+        joined.append([tuple(line[key] for key in addresses) for line in lines])
+    assert sorted(joined[0]) == sorted(joined[1])
 
 
 def test_reset_before_accept_under_a_port_filter(start):

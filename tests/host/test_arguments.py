@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 # The seed's text, and what has been added since.
 HELP = """\
 usage: {name} [-h] [-t] [-p PID] [-P PORT] [-4 | -6] [-u UID] [-T] [-U]
-       {gap} [{own}] [-b PAGES]
+       {gap} [{own}] [--json] [-b PAGES]
 
 Trace TCP {what}s
 
@@ -30,6 +30,7 @@ output:
   -T, --time            include time of day on output (HH:MM:SS)
   -U, --print-uid       include UID on output
   {own}, --{column}           include {title} on output
+  --json                print one JSON object a line, with all fields
   -b PAGES, --buffer-pages PAGES
                         size of each CPU's buffer (default: 256 pages)
 
@@ -107,6 +108,7 @@ def test_help_fits_a_screen(name):
         )
     ]
     + [["-p", "0"], ["-p", "4194305"], ["-P", "0"], ["-P", "65536"], ["-b", "0"]]
+    + [["--json", "-t"], ["--json", "-T"], ["-U", "--json"], ["--json", "-L", "-R"]]
     + [["-b", "1,2"], ["-4", "-6"], ["-p", "abc"], ["-P", "http"]]
     + [["-p", "\u0661"], ["-p"], ["--pid=1.0"], ["-x"], ["181"], ["-t", "-q"]]
     + [["-b", "3"], ["-b", "32768"], ["--buffer-pages", "\u00b2"], ["-b"]],
@@ -173,10 +175,11 @@ def test_ebpf_prints_the_program(name):
         "#define FILTER_PORT(x) ((x) == 80u)\n"
         f"#define FILTER_UID(x) ((x) == 0u || (x) == {nobody}u)\n"
         "#define FILTER_IP 6\n"
-        "#define PRINT_UID 1\n"
+        "#define DETAILS 1\n"
     )
     bare = run(name, "--ebpf", "-t", "-T", "-b", "8").stdout
-    assert "#define FILTER" not in bare and "#define PRINT" not in bare
+    assert "#define FILTER" not in bare and "#define DETAILS" not in bare
+    assert "#define DETAILS 1\n" in run(name, "--ebpf", "--json").stdout
     function = "tcp_v4_connect" if name == "tcpconnect" else "inet_csk_accept"
     assert function in bare
 
@@ -208,7 +211,13 @@ def test_no_text_reaches_the_c_program(text):
     except argparse.ArgumentTypeError:
         return
     args = argparse.Namespace(
-        pid=None, port=None, uid=[uid], ipv4=False, ipv6=False, print_uid=False
+        pid=None,
+        port=None,
+        uid=[uid],
+        ipv4=False,
+        ipv6=False,
+        print_uid=False,
+        json=False,
     )
     assert tool.filters(args) == {"FILTER_UID(x)": f"((x) == {uid:d}u)"}
 

@@ -94,6 +94,9 @@ def kernel_btf(
     in6 = btf.struct("in6_addr", 16, [("u6_addr8", btf.array(u8, 16), 0)])
     pair = btf.struct("", 8, [("skc_rcv_saddr", be32, 0), ("skc_daddr", be32, 4)])
     ports = btf.struct("", 4, [("skc_num", u16, 0), ("skc_dport", be16, 2)])
+    ns_common = btf.struct("ns_common", 16, [("inum", u32, 12)])
+    net = btf.add("ptr", "", btf.struct("net", 64, [("ns", ns_common, 24)]))
+    possible_net = btf.struct("", 8, [("net", net, 0)])
     members = {
         "skc_hash": ("skc_hash", u32, 0),
         "pair": (
@@ -105,9 +108,10 @@ def kernel_btf(
         "skc_family": ("skc_family", u16, 22),
         "skc_v6_rcv_saddr": ("skc_v6_rcv_saddr", in6, 24),
         "skc_v6_daddr": ("skc_v6_daddr", in6, 40),
+        "skc_net": ("skc_net", btf.add("typedef", "possible_net_t", possible_net), 56),
     }
     change(members)
-    common = btf.struct("sock_common", 56, list(members.values()))
+    common = btf.struct("sock_common", 64, list(members.values()))
     if sk_protocol == "bitfield":
         flags = [("sk_padding", u32, 800, 1), ("sk_protocol", u32, 808, 8)]
         sock = btf.struct("sock", 128, [("__sk_common", common, 0, 0), *flags])
@@ -177,6 +181,10 @@ def test_crafted_layout(tool, tmp_path):
         assert common["skc_v6_daddr"] == (40, "struct in6_addr")
         assert common.get("skc_dport", (18, "u16")) == (18, "u16")
         assert common.get("skc_num", (16, "u16")) == (16, "u16")
+        assert common["skc_net"] == (56, "possible_net_t")
+        assert structs["net"]["ns"] == (24, "struct ns_common")
+        assert structs["ns_common"]["inum"] == (12, "u32")
+        assert "#define NETNS\n" in found[way]
         assert structs["sock"]["__sk_common"] == (0, "struct sock_common")
         if tool.NAME == "tcpaccept":
             assert structs["sock"]["sk_protocol"] == (102, "u16")
@@ -234,6 +242,15 @@ def test_no_ipv6_in_the_kernel(tool, tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"{tool.NAME}: this kernel has no IPv6: tracing IPv4 only\n"
     )
+
+
+def test_no_network_namespaces_in_the_kernel(tool, tmp_path):
+    def without_namespaces(members):
+        del members["skc_net"]
+
+    found = ways(tool, kernel_btf(without_namespaces).write(tmp_path / "btf"))
+    assert list(found) == ["fexit", "kprobe", "headers"]
+    assert "#define NETNS" not in found["fexit"] + found["kprobe"]
 
 
 @pytest.mark.parametrize("arguments", [2, 4])

@@ -1,22 +1,28 @@
 import argparse
 import itertools
+import json
 import os
+import platform
+import re
 import socket
 from collections import Counter
 
 import pytest
-from conftest import load
+from conftest import TOP, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
 def options(**given):
-    names = ("timestamp", "time", "print_uid", "lport", "rport")
+    names = ("timestamp", "time", "print_uid", "lport", "rport", "json")
     return argparse.Namespace(**{**dict.fromkeys(names, False), **given})
 
 
 PLAIN = options()
 TIMED = options(timestamp=True)
+
+
+CGROUP, NETNS = 5251, 4026531840
 
 
 def packed(text):
@@ -27,8 +33,11 @@ def packed(text):
 def event(pid, comm, ip, first, second, port, ts=5_000_000_000, uid=0, other_port=0):
     return (
         ts,
+        CGROUP,
         pid,
+        pid + 1,
         uid,
+        NETNS,
         ip,
         other_port,
         port,
@@ -109,6 +118,71 @@ def test_every_column(name, tool, monkeypatch):
     )
 
 
+# The fields of a line of JSON, in their order, and the types of their values.
+JSON_FIELDS = {
+    "ts": str,
+    "host": str,
+    "event": str,
+    "pid": int,
+    "tid": int,
+    "uid": int,
+    "comm": str,
+    "ip": int,
+    "saddr": str,
+    "sport": int,
+    "daddr": str,
+    "dport": int,
+    "netns": int,
+    "cgroup": int,
+}
+
+
+def test_json(name, tool, monkeypatch):
+    monkeypatch.setattr(tool.time, "monotonic_ns", lambda: 9_000_000_000)
+    monkeypatch.setattr(tool.time, "time_ns", lambda: 1_795_000_004_000_001_999)
+    args = options(json=True)
+    found = [
+        event(181, "a\x1b", 6, "2001:db8::1", "2001:db8::2", 80, other_port=40001),
+        event(7, "b", 4, "192.0.2.1", "192.0.2.2", 443, uid=65534, other_port=9),
+    ]
+    assert tool.header(args) == ""
+    first, second = tool.rows(args, found, 0).splitlines()
+    assert json.loads(first) == {
+        "ts": "2026-11-18T11:06:40.000001Z",
+        "host": platform.node(),
+        "event": name[3:],
+        "pid": 181,
+        "tid": 182,
+        "uid": 0,
+        "comm": "a\\x1b",
+        "ip": 6,
+        "saddr": "2001:db8::1",
+        "sport": 40001,
+        "daddr": "2001:db8::2",
+        "dport": 80,
+        "netns": NETNS,
+        "cgroup": CGROUP,
+    }
+    for line in (first, second):
+        types = {key: type(value) for key, value in json.loads(line).items()}
+        assert list(types.items()) == list(JSON_FIELDS.items())
+
+
+def test_json_fields_are_in_the_man_page(name):
+    text = (TOP / f"man/man8/{name}.8").read_text()
+    section = text[text.index(".SH JSON") : text.index(".SH OVERHEAD")]
+    terms = re.findall(r"^\.TP\n(.*)", section, re.MULTILINE)
+    assert ", ".join(terms).split(", ") == list(JSON_FIELDS)
+
+
+def test_lost_events_in_json(tool, monkeypatch, capsys):
+    written = follow(tool, monkeypatch, [(1000, [900])], [{"full": 3}], json=True)
+    lost = json.loads(written[-1])
+    assert list(lost) == ["ts", "host", "event", "count", "reason"]
+    assert (lost["event"], lost["count"], lost["reason"]) == ("lost", 3, "full")
+    assert f"{tool.NAME}: lost 3 events, full\n" in capsys.readouterr().err
+
+
 def test_lines_fit_80_columns(tool):
     widest = event(
         4194304,
@@ -180,7 +254,7 @@ def test_buffers_stay_under_32_mb(tool):
     assert tool.buffer_pages(4, 4096) == 256
 
 
-def follow(tool, monkeypatch, batches, lost=({},) * 9):
+def follow(tool, monkeypatch, batches, lost=({},) * 9, **given):
     """What follow() writes for batches of (now in ms, events); an event is a timestamp in ms. lost: by reason, each time."""
     written, clock = [], iter([now * 1_000_000 for now, _ in batches])
     queue = [[(ts * 1_000_000, "event") for ts in events] for _, events in batches]
@@ -196,7 +270,7 @@ def follow(tool, monkeypatch, batches, lost=({},) * 9):
     monkeypatch.setattr(tool, "write", written.append)
     tool.follow(
         None,
-        None,
+        options(buffer_pages=None, **given),
         "header",
         lambda events, first: [
             (ts // 1_000_000, first // 1_000_000) for ts, _ in events

@@ -51,7 +51,7 @@ def test_man_page(name):
     assert check("mandoc", "-T", "lint", "-W", "warning", page) == ""
     text = (TOP / page).read_text()
     sections = re.findall(r'^\.SH "?(.*?)"?$', text, re.MULTILINE)
-    wanted = "NAME SYNOPSIS DESCRIPTION REQUIREMENTS OPTIONS EXAMPLES FIELDS OVERHEAD CAVEATS,EXIT STATUS,SEE ALSO"
+    wanted = "NAME SYNOPSIS DESCRIPTION REQUIREMENTS OPTIONS EXAMPLES FIELDS JSON OVERHEAD CAVEATS,EXIT STATUS,SEE ALSO"
     order = [section for section in sections if section in wanted]
     assert order == wanted.replace(",EXIT STATUS,SEE ALSO", "").split() + [
         "EXIT STATUS",
