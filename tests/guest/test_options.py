@@ -30,8 +30,7 @@ class Traffic:
     """Clients and servers of two users that wait for go()."""
 
     def __init__(self):
-        reader, self.writer = os.pipe()
-        self.workers = {}
+        self.workers, self.start = {}, {}
         for uid, counts in ((0, (5, 3, 2)), (NOBODY, (2, 5, 3))):
             servers = [
                 listener(socket.AF_INET, IPV4),
@@ -45,6 +44,7 @@ class Traffic:
                 for _ in range(count)
             ]
             random.Random(uid).shuffle(targets)
+            reader, self.start[uid] = os.pipe()
             wait = (uid, reader)
             self.workers[uid] = (
                 Worker(b"client", as_user, *wait, connect_to, targets),
@@ -56,7 +56,7 @@ class Traffic:
         """{tool: [what is known of each of its connections]}, one user's after the other's."""
         found = {name: [] for name in TOOLS}
         for uid, (client, server, _) in self.workers.items():
-            os.write(self.writer, b"..")
+            os.write(self.start[uid], b"..")
             for name, worker in zip(TOOLS, (client, server)):
                 for ip, local, remote, local_port, remote_port in worker.report():
                     found[name].append(
