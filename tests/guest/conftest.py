@@ -137,6 +137,26 @@ class Tool:
         ]
 
 
+def failures(names=TOOLS, wrapper=(), **options):
+    """{tool: what it says on stderr} where all should end by themselves with status 1, and nothing on stdout."""
+    processes = {
+        name: subprocess.Popen(
+            [*wrapper, TOP / name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+        for name in names
+    }
+    said = {}
+    for name, process in processes.items():
+        out, said[name] = process.communicate(timeout=DEADLINE)
+        assert (process.returncode, out) == (1, "")
+        assert said[name].count("\n") == 1
+    return said
+
+
 @pytest.fixture
 def start(tmp_path):
     """start(*commands, options={}, **environment) gives a tracing Tool of each command line; none outlives the test.

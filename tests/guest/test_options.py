@@ -74,28 +74,24 @@ class Traffic:
         return found
 
 
-def connect_row(known, lport=False):
-    other = f"{known['lport']:<6} " if lport else ""
+def full_row(known, first, last, port=""):
+    """A row with these ends ("local" or "remote") of a connection, and the first end's port between them or not."""
     return row(
         known["pid"],
         known["comm"],
         known["ip"],
-        known["local"],
-        f"{other}{known['remote']:<16}",
-        known["rport"],
+        known[first],
+        f"{port:<6} {known[last]:<16}" if port else known[last],
+        known[f"{last[0]}port"],
     )
+
+
+def connect_row(known, lport=False):
+    return full_row(known, "local", "remote", known["lport"] if lport else "")
 
 
 def accept_row(known, rport=False):
-    other = f"{known['rport']:<6} " if rport else ""
-    return row(
-        known["pid"],
-        known["comm"],
-        known["ip"],
-        known["remote"],
-        f"{other}{known['local']:<16}",
-        known["lport"],
-    )
+    return full_row(known, "remote", "local", known["rport"] if rport else "")
 
 
 @pytest.mark.parametrize("way", ["fexit", "kprobe"])

@@ -17,6 +17,7 @@ from conftest import (
     Worker,
     best_way,
     btf_without,
+    failures,
     headers,
     hide,
     probed_functions,
@@ -75,25 +76,6 @@ def test_layout_from_kernel_headers(start):
         hide(headers())
 
 
-def failures(*wrapper):
-    """{tool: what it says on stderr} where both should end by themselves with status 1, and nothing on stdout."""
-    processes = {
-        name: subprocess.Popen(
-            [*wrapper, TOP / name],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in TOOLS
-    }
-    said = {}
-    for name, process in processes.items():
-        out, said[name] = process.communicate(timeout=DEADLINE)
-        assert (process.returncode, out) == (1, "")
-        assert said[name].count("\n") == 1
-    return said
-
-
 def test_neither_btf_nor_headers():
     hide("/sys/kernel/btf")
     try:
@@ -122,7 +104,8 @@ def test_btf_cut_short(tmp_path):
 
 
 def test_unprivileged():
-    said = failures("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    said = failures(wrapper=nobody)
     assert said == {
         name: f"{name}: error: needs root: try sudo {name}\n" for name in TOOLS
     }
