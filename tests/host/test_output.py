@@ -257,7 +257,11 @@ def test_buffers_stay_under_32_mb(tool):
 def follow(tool, monkeypatch, batches, lost=({},) * 9, **given):
     """What follow() writes for batches of (now in ms, events); an event is a timestamp in ms. lost: by reason, each time."""
     written, clock = [], iter([now * 1_000_000 for now, _ in batches])
-    queue = [[(ts * 1_000_000, "event") for ts in events] for _, events in batches]
+    rest = [0] * 8 + [bytes(16)] * 3
+    queue = [
+        [tool.EVENT.pack(ts * 1_000_000, *rest) for ts in events]
+        for _, events in batches
+    ]
 
     def wait(_ms):
         if len(queue) == 1:
@@ -273,7 +277,7 @@ def follow(tool, monkeypatch, batches, lost=({},) * 9, **given):
         options(buffer_pages=None, **given),
         "header",
         lambda events, first: [
-            (ts // 1_000_000, first // 1_000_000) for ts, _ in events
+            (ts // 1_000_000, first // 1_000_000) for ts, *_ in events
         ],
     )
     assert written.pop(0) == "header"
