@@ -14,10 +14,14 @@ import time
 import pytest
 
 TOOLS = ("tcpconnect", "tcpaccept")
+BTF = pathlib.Path("/sys/kernel/btf/vmlinux")
 TOP = pathlib.Path(__file__).parents[2]
 IPV4, IPV6 = "192.0.2.10", "2001:db8::10"  # on a dummy interface
 NOBODY4, NOBODY6 = "192.0.2.99", "2001:db8::99"  # behind it, where nobody answers
 DEADLINE = 900  # seconds until a tool that shows no header is held to be stuck: a guard, not a measure
+
+
+both_ways = pytest.mark.parametrize("way", ["fexit", "kprobe"])
 
 
 def pytest_sessionstart(session):
@@ -54,20 +58,28 @@ def show(folder):
 
 
 @contextlib.contextmanager
-def btf_without(tmp_path, *names):
-    """In this kernel's BTF these names are others of the same length."""
-    btf = pathlib.Path("/sys/kernel/btf/vmlinux")
-    text = btf.read_bytes()
-    for name in names:
-        assert text.count(b"\0%b\0" % name.encode()) == 1
-        text = text.replace(b"\0%b\0" % name.encode(), b"\0%b_\0" % name[1:].encode())
+def changed_btf(tmp_path, change):
+    """This kernel's BTF is change(its bytes)."""
     changed = tmp_path / "btf"
-    changed.write_bytes(text)
-    subprocess.run(["mount", "--bind", changed, btf], check=True)
+    changed.write_bytes(change(BTF.read_bytes()))
+    subprocess.run(["mount", "--bind", changed, BTF], check=True)
     try:
         yield
     finally:
-        show(btf)
+        show(BTF)
+
+
+def btf_without(tmp_path, *names):
+    """In this kernel's BTF these names are others of the same length."""
+
+    def rename(text):
+        for name in names:
+            old, new = b"\0%b\0" % name.encode(), b"\0%b_\0" % name[1:].encode()
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        return text
+
+    return changed_btf(tmp_path, rename)
 
 
 def best_way():

@@ -17,7 +17,14 @@ import time
 import pytest
 from conftest import DEADLINE, IPV4, IPV6, TOOLS, Tool, Worker, row
 from io_uring import IORING_OP_ACCEPT, IORING_OP_CONNECT, Ring
-from traffic import accept_in_threads, connect_often, connect_refused, listener, serve
+from traffic import (
+    accept_in_threads,
+    connect_and_reset,
+    connect_often,
+    connect_refused,
+    listener,
+    serve,
+)
 
 WAYS = ("fexit", "kprobe")
 CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWNET = 0x00020000, 0x20000000, 0x40000000
@@ -136,9 +143,7 @@ def test_reset_before_accept_keeps_its_port(expect):
     server = listener(socket.AF_INET, IPV4)
     port = server.getsockname()[1]
     for _ in range(7):
-        client = socket.create_connection((IPV4, port))
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        client.close()
+        connect_and_reset((IPV4, port))
     for _ in range(7):
         with contextlib.suppress(OSError):
             server.accept()[0].close()

@@ -12,8 +12,16 @@ import subprocess
 import time
 
 import pytest
-from conftest import IPV4, IPV6, TOOLS, Worker, btf_without, row, show
-from traffic import MAPPED, connect_to, listener, run_mixed_traffic, serve
+from conftest import IPV4, IPV6, TOOLS, Worker, both_ways, btf_without, row, show
+from traffic import (
+    MAPPED,
+    connect_and_reset,
+    connect_to,
+    listener,
+    listeners,
+    run_mixed_traffic,
+    serve,
+)
 
 NOBODY = 65534  # the UID
 TARGETS = [(socket.AF_INET, IPV4), (socket.AF_INET6, IPV6), (socket.AF_INET6, MAPPED)]
@@ -32,12 +40,7 @@ class Traffic:
     def __init__(self):
         self.workers, self.start = {}, {}
         for uid, counts in ((0, (5, 3, 2)), (NOBODY, (2, 5, 3))):
-            servers = [
-                listener(socket.AF_INET, IPV4),
-                listener(socket.AF_INET6, IPV6),
-                listener(socket.AF_INET6, "::"),
-            ]
-            ports = [server.getsockname()[1] for server in servers]
+            servers, ports = listeners()
             targets = [
                 (family, address, port)
                 for (family, address), port, count in zip(TARGETS, ports, counts)
@@ -94,7 +97,7 @@ def accept_row(known, rport=False):
     return full_row(known, "remote", "local", known["rport"] if rport else "")
 
 
-@pytest.mark.parametrize("way", ["fexit", "kprobe"])
+@both_ways
 def test_filters_and_columns(start, way):
     traffic = Traffic()
     (root_client, root_server, ports), (client, server, other) = (
@@ -161,7 +164,7 @@ def cgroup(tmp_path):
     show(mount)
 
 
-@pytest.mark.parametrize("way", ["fexit", "kprobe"])
+@both_ways
 def test_json(start, cgroup, way):
     """The same four addresses and ports in both tools; the one user's processes in a cgroup of their own."""
     traffic = Traffic()
@@ -209,9 +212,7 @@ def test_reset_before_accept_under_a_port_filter(start):
     (by_fexit,) = start(f"tcpaccept -P {port}", TCPTRACE_WAY="fexit")
     (by_kprobe,) = start(f"tcpaccept -P {port}", TCPTRACE_WAY="kprobe")
     for listening in (server, other) * 7:
-        client = socket.create_connection(listening.getsockname())
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        client.close()
+        connect_and_reset(listening.getsockname())
         with contextlib.suppress(OSError):
             listening.accept()[0].close()
     comm = pathlib.Path("/proc/self/comm").read_text().rstrip("\n")

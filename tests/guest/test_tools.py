@@ -1,7 +1,6 @@
 """Both tools against known traffic on this guest's own kernel. Every count of connections is a prime number."""
 
 import os
-import pathlib
 import signal
 import socket
 import subprocess
@@ -9,6 +8,7 @@ import threading
 
 import pytest
 from conftest import (
+    BTF,
     DEADLINE,
     IPV4,
     IPV6,
@@ -16,7 +16,9 @@ from conftest import (
     TOP,
     Worker,
     best_way,
+    both_ways,
     btf_without,
+    changed_btf,
     failures,
     headers,
     hide,
@@ -33,7 +35,7 @@ from traffic import (
 )
 
 
-@pytest.mark.parametrize("way", ["fexit", "kprobe"])
+@both_ways
 def test_every_connection_once(start, way):
     tools = start(*TOOLS, TCPTRACE_WAY=way)
     assert [tool.way() for tool in tools] == [way, way]
@@ -90,17 +92,10 @@ def test_neither_btf_nor_headers():
 
 def test_btf_cut_short(tmp_path):
     """Kernel headers are tried, which are not there either."""
-    btf = pathlib.Path("/sys/kernel/btf/vmlinux")
-    whole = btf.read_bytes()
-    cut = tmp_path / "btf"
-    cut.write_bytes(whole[: len(whole) // 2])
-    subprocess.run(["mount", "--bind", cut, btf], check=True)
-    try:
+    with changed_btf(tmp_path, lambda whole: whole[: len(whole) // 2]):
         said = failures()
-    finally:
-        show(btf)
     for name, line in said.items():
-        assert line.startswith(f"{name}: error: no usable BTF ({btf}) and no kernel")
+        assert line.startswith(f"{name}: error: no usable BTF ({BTF}) and no kernel")
 
 
 def test_unprivileged():
@@ -150,7 +145,7 @@ def connect_in_threads(cpu, port, count, go):
     return ports
 
 
-@pytest.mark.parametrize("way", ["fexit", "kprobe"])
+@both_ways
 def test_pid_is_a_process_not_a_thread(start, way):
     server = listener(socket.AF_INET, IPV4)
     port = server.getsockname()[1]
@@ -188,7 +183,7 @@ def take_turns(cpu, family, address, port, count, my_turn, your_turn):
         os.write(your_turn, b".")
 
 
-@pytest.mark.parametrize("way", ["fexit", "kprobe"])
+@both_ways
 def test_order_across_cpus_and_families(start, way):
     (tool,) = start("tcpconnect -t", TCPTRACE_WAY=way)
     servers = [listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)]
@@ -208,7 +203,7 @@ def test_order_across_cpus_and_families(start, way):
     assert tool.out.read_text().startswith("TIME(s)   PID     COMM ")
 
 
-@pytest.mark.parametrize("way", ["fexit", "kprobe"])
+@both_ways
 def test_many_threads_blocked_in_accept_before(start, way):
     """Before tracing began: neither fexit nor a kretprobe sees them return."""
     server = listener(socket.AF_INET, IPV4)

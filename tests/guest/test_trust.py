@@ -21,6 +21,7 @@ from conftest import (
     TOOLS,
     Worker,
     best_way,
+    both_ways,
     failures,
     headers,
     hide,
@@ -31,13 +32,12 @@ from conftest import (
 from traffic import (
     connect_nonblocking,
     connect_to,
+    is_accepting,
     listener,
     lost,
     port_of,
     run_mixed_traffic,
 )
-
-both_ways = pytest.mark.parametrize("way", ["fexit", "kprobe"])
 
 
 @both_ways
@@ -364,8 +364,7 @@ def test_blocked_beside_another_server(start, way):
     old, new = listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)
     ports = [server.getsockname()[1] for server in (old, new)]
     blocked = Worker(b"blocked", accept_blocking, old, 3)
-    syscall = pathlib.Path(f"/proc/{blocked.pid}/syscall")
-    while syscall.read_text().split()[0] not in ("43", "288"):
+    while not is_accepting(blocked.pid):
         time.sleep(0.01)
     (tool,) = start("tcpaccept", TCPTRACE_WAY=way)
     other = Worker(b"other", accept_blocking, new, 3)

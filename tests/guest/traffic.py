@@ -23,6 +23,23 @@ def listener(family, address, backlog=128):
     return server
 
 
+def listeners():
+    """One for IPv4, one for IPv6, one that takes both, and their ports."""
+    servers = [
+        listener(socket.AF_INET, IPV4),
+        listener(socket.AF_INET6, IPV6),
+        listener(socket.AF_INET6, "::"),
+    ]
+    return servers, [server.getsockname()[1] for server in servers]
+
+
+def connect_and_reset(address):
+    """A connection that its client resets at once."""
+    client = socket.create_connection(address)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    client.close()
+
+
 def plain(address):
     return address.replace("::ffff:", "")
 
@@ -86,12 +103,7 @@ def make_noise(count):
 
 def run_mixed_traffic():
     """23 IPv4, 19 IPv6 and 7 IPv4-mapped connections in mixed order, among noise: (connect rows, accept rows)."""
-    servers = [
-        listener(socket.AF_INET, IPV4),
-        listener(socket.AF_INET6, IPV6),
-        listener(socket.AF_INET6, "::"),
-    ]
-    ports = [server.getsockname()[1] for server in servers]
+    servers, ports = listeners()
     targets = [(socket.AF_INET, IPV4, ports[0])] * 23 + [
         (socket.AF_INET6, IPV6, ports[1])
     ] * 19
@@ -155,7 +167,7 @@ def accept_in_threads(server, count, ready):
     threads = [threading.Thread(target=accept) for _ in range(count)]
     for thread in threads:
         thread.start()
-    while sum(is_accepting(task) for task in os.listdir("/proc/self/task")) < count:
+    while sum(map(is_accepting, os.listdir("/proc/self/task"))) < count:
         os.sched_yield()
     os.write(ready, b".")
     for thread in threads:
@@ -163,8 +175,9 @@ def accept_in_threads(server, count, ready):
     return ports
 
 
-def is_accepting(task):
-    call = pathlib.Path(f"/proc/self/task/{task}/syscall").read_text().split()[0]
+def is_accepting(tid):
+    """Whether a thread is blocked in accept()."""
+    call = pathlib.Path(f"/proc/{tid}/syscall").read_text().split()[0]
     return call in ("43", "288")  # accept, accept4 on x86-64
 
 

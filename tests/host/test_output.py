@@ -102,7 +102,7 @@ def test_every_column(name, tool, monkeypatch):
     monkeypatch.setenv("TZ", "UTC")
     tool.time.tzset()
     monkeypatch.setattr(tool.time, "monotonic_ns", lambda: 9_000_000_000)
-    monkeypatch.setattr(tool.time, "time", lambda: 1_795_000_004.5)
+    monkeypatch.setattr(tool.time, "time_ns", lambda: 1_795_000_004_500_000_000)
     args = options(timestamp=True, time=True, print_uid=True, lport=True, rport=True)
     found = event(
         181, "a", 4, "192.0.2.1", "192.0.2.2", 80, uid=65534, other_port=40001
