@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 # The seed's text, and what has been added since.
 HELP = """\
-usage: {name} [-h] [-t] [-p PID] [-P PORT] [-4 | -6] [-u UID] [-T] [-U]
-       {gap} [{own}] [--json] [-b PAGES]
+usage: {name} [-h] [-t] [-p PID] [-P PORT] [-4 | -6] [-u UID]
+{usage}
 
 Trace TCP {what}s
 
@@ -25,12 +25,15 @@ filters (PID, PORT and UID may be lists: 80,443):
   -4, --ipv4            trace IPv4 only
   -6, --ipv6            trace IPv6 only
   -u UID, --uid UID     trace this user only, by number or name
-
+  --cgroup PATH         trace this cgroup or systemd unit only (repeatable)
+  --cgroupmap PATH      trace cgroups in this BPF map only
+  --mntnsmap PATH       trace mount namespaces in this BPF map only
+{failed}
 output:
   -T, --time            include time of day on output (HH:MM:SS)
   -U, --print-uid       include UID on output
-  {own}, --{column}           include {title} on output
-  --json                print one JSON object a line, with all fields
+{columns}  --json                print one JSON object a line, with all fields
+  -c, --count           count {what}s per {flow}
   -b PAGES, --buffer-pages PAGES
                         size of each CPU's buffer (default: 256 pages)
 
@@ -39,25 +42,43 @@ examples:
     ./{name} -t        # include timestamps
     ./{name} -p 181    # only trace PID 181
     ./{name} -P 80,81  # only trace ports 80 and 81
-"""
+{example}"""
 OWN = {
     "tcpconnect": {
-        "own": "-L",
-        "column": "lport",
-        "title": "LPORT, the local port,",
+        "usage": """\
+                  [--cgroup PATH] [--cgroupmap PATH] [--mntnsmap PATH] [-x]
+                  [-T] [-U] [-L] [-d] [--json] [-c] [-b PAGES]""",
         "side": "destination",
+        "failed": """\
+  -x, --failed          trace connects that fail only, with their error
+""",
+        "columns": """\
+  -L, --lport           include LPORT, the local port, on output
+  -d, --dns             include QUERY, the name looked up, on output
+""",
+        "flow": "source, destination and port",
+        "example": """\
+    ./tcpconnect -x        # only trace connects that fail
+""",
     },
     "tcpaccept": {
-        "own": "-R",
-        "column": "rport",
-        "title": "RPORT, the remote port,",
+        "usage": """\
+                 [--cgroup PATH] [--cgroupmap PATH] [--mntnsmap PATH] [-T]
+                 [-U] [-R] [-q] [--json] [-c] [-b PAGES]""",
         "side": "local",
+        "failed": "",
+        "columns": """\
+  -R, --rport           include RPORT, the remote port, on output
+  -q, --queue           include QLEN and QMAX, the accept queue, on output
+""",
+        "flow": "remote address and local port",
+        "example": "",
     },
 }
 
 
 def help_text(name):
-    return HELP.format(name=name, what=name[3:], gap=" " * len(name), **OWN[name])
+    return HELP.format(name=name, what=name[3:], **OWN[name])
 
 
 @pytest.fixture
@@ -109,15 +130,22 @@ def test_help_fits_a_screen(name):
     ]
     + [["-p", "0"], ["-p", "4194305"], ["-P", "0"], ["-P", "65536"], ["-b", "0"]]
     + [["--json", "-t"], ["--json", "-T"], ["-U", "--json"], ["--json", "-L", "-R"]]
+    + [
+        ["-c", other]
+        for other in ["-t", "-T", "-U", "-L", "-R", "-d", "-q", "-x", "--json"]
+    ]
+    + [["-c", "-b", "8"], ["--cgroup", "no-such-unit"], ["--cgroup", "/no/such"]]
+    + [["--cgroup", ""], ["--cgroupmap", "/no"]]
+    + [["--cgroupmap", 'a"; x'], ["--mntnsmap", ""]]
     + [["-b", "1,2"], ["-4", "-6"], ["-p", "abc"], ["-P", "http"]]
-    + [["-p", "\u0661"], ["-p"], ["--pid=1.0"], ["-x"], ["181"], ["-t", "-q"]]
+    + [["-p", "\u0661"], ["-p"], ["--pid=1.0"], ["-y"], ["181"], ["-t", "-z"]]
     + [["-b", "3"], ["-b", "32768"], ["--buffer-pages", "\u00b2"], ["-b"]],
 )
 def test_bad_arguments(name, no_bcc, arguments):
     done = run(name, *arguments, env=no_bcc)
     *usage, error = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "")
-    assert usage == help_text(name).splitlines()[:2]
+    assert usage == help_text(name).splitlines()[:3]
     assert error.startswith(f"{name}: error: ")
 
 
@@ -218,6 +246,10 @@ def test_no_text_reaches_the_c_program(text):
         ipv6=False,
         print_uid=False,
         json=False,
+        cgroup=[],
+        cgroupmap=None,
+        mntnsmap=None,
+        count=False,
     )
     assert tool.filters(args) == {"FILTER_UID(x)": f"((x) == {uid:d}u)"}
 

@@ -142,16 +142,17 @@ def kernel_btf(
     return btf
 
 
-def ways(tool, path, preemptible=False):
-    """{way: the text ahead of the program} that the tool finds in a BTF file."""
+def ways(tool, path, preemptible=False, structs=()):
+    """{way: the text ahead of the tool's C} that the tool finds in a BTF file, for its STRUCTS and more."""
     tool.BTF = path
     tool.is_preemptible = lambda: preemptible
     tool.import_bcc()
     fexit_defines = tool.fexit_defines
     if tool.NAME == "tcpconnect":
-        both = argparse.Namespace(ipv4=False, ipv6=False)
+        both = argparse.Namespace(ipv4=False, ipv6=False, dns=False)
         fexit_defines = functools.partial(fexit_defines, both)
-    return dict(tool.ways_to_trace(tool.STRUCTS, fexit_defines, {}))
+    wanted = {**tool.STRUCTS, **dict(structs)}
+    return dict(tool.ways_to_trace(wanted, fexit_defines, {}))
 
 
 def offsets(text):
@@ -238,7 +239,8 @@ def test_no_ipv6_in_the_kernel(tool, tmp_path, capsys):
 
     found = ways(tool, kernel_btf(without_ipv6).write(tmp_path / "btf"))
     for way in ("fexit", "kprobe"):
-        assert "IPV6" not in found[way].replace("AF_INET6", "")
+        assert "#define IPV6\n" not in found[way]
+        assert "skc_v6_daddr;" not in found[way].partition(tool.BPF_SHARED)[0]
     assert capsys.readouterr().err == (
         f"{tool.NAME}: this kernel has no IPv6: tracing IPv4 only\n"
     )
@@ -262,7 +264,8 @@ def test_arity_of_accept(tmp_path, arguments):
         kernel_btf(accept_arguments=arguments).write(tmp_path / "btf"),
     )
     declared = re.search("#define INET_CSK_ACCEPT_ARGS (.*)", found["fexit"])[1]
-    assert declared.split(", ") == [f"void *arg{i}" for i in range(arguments)]
+    others = [f"void *arg{i}" for i in range(1, arguments)]
+    assert declared.split(", ") == ["struct sock *listener", *others]
 
 
 def test_no_fexit_where_detaching_is_not_safe(tool, tmp_path):
@@ -313,18 +316,34 @@ def test_btf_that_libbpf_cannot_read(tool, tmp_path, capfd):
     assert capfd.readouterr().out == ""
 
 
+UNNAMED = ["skc_daddr", "skc_rcv_saddr", "skc_dport", "skc_num", "transport_header"]
+OPTIONAL = {
+    "tcpconnect": ("STRUCTS_OF_MNTNS", "STRUCTS_OF_FAILED", "STRUCTS_OF_DNS"),
+    "tcpaccept": ("STRUCTS_OF_MNTNS", "STRUCTS_OF_QUEUE"),
+}
+
+
 def test_this_kernels_own_btf(tool):
-    """Against what bpftool reads from the same file, where both are there."""
+    """What the program and its options read, against what bpftool reads from the same file, where both are there."""
     if not os.path.exists(tool.BTF):
         pytest.skip("this machine's kernel has no BTF")
-    found = offsets(ways(tool, tool.BTF)["kprobe"])
+    structs = {}
+    for name in OPTIONAL[tool.NAME]:
+        structs.update(getattr(tool, name))
+    found = offsets(ways(tool, tool.BTF, structs=structs)["kprobe"])
     dump = subprocess.run(
         ["/usr/sbin/bpftool", "btf", "dump", "file", tool.BTF, "format", "raw"],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    sock = re.search(r"\n\[\d+\] STRUCT 'sock_common' .*\n((?:\t.*\n)+)", dump)[1]
-    for member in ("skc_family", "skc_v6_daddr", "skc_v6_rcv_saddr"):
-        bits = int(re.search(rf"'{member}' type_id=\d+ bits_offset=(\d+)", sock)[1])
-        assert found["sock_common"][member][0] == bits // 8
+    for name, members in {**tool.STRUCTS, **structs}.items():
+        assert set(found[name]) == set(members)
+        listed = re.search(rf"\n\[\d+\] STRUCT '{name}' .*\n((?:\t.*\n)+)", dump)[1]
+        for member, (offset, _) in found[name].items():
+            bits = re.search(rf"'{member}' type_id=\d+ bits_offset=(\d+)", listed)
+            # What stands in an unnamed struct or union of the kernel's has no line of its own there
+            if bits:
+                assert offset == int(bits[1]) // 8
+            else:
+                assert member in UNNAMED

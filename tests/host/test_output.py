@@ -1,4 +1,6 @@
 import argparse
+import ctypes
+import errno
 import itertools
 import json
 import os
@@ -14,8 +16,8 @@ from hypothesis import strategies as st
 
 
 def options(**given):
-    names = ("timestamp", "time", "print_uid", "lport", "rport", "json")
-    return argparse.Namespace(**{**dict.fromkeys(names, False), **given})
+    names = "timestamp time print_uid lport rport json failed dns queue count cgroup"
+    return argparse.Namespace(**{**dict.fromkeys(names.split(), False), **given})
 
 
 PLAIN = options()
@@ -30,7 +32,9 @@ def packed(text):
     return socket.inet_pton(family, text).ljust(16, b"\0")
 
 
-def event(pid, comm, ip, first, second, port, ts=5_000_000_000, uid=0, other_port=0):
+def event(
+    pid, comm, ip, first, second, port, ts=5_000_000_000, uid=0, other_port=0, error=0
+):
     return (
         ts,
         CGROUP,
@@ -41,6 +45,7 @@ def event(pid, comm, ip, first, second, port, ts=5_000_000_000, uid=0, other_por
         ip,
         other_port,
         port,
+        error,
         packed(first),
         packed(second),
         comm.encode().ljust(16, b"\0"),
@@ -118,6 +123,79 @@ def test_every_column(name, tool, monkeypatch):
     )
 
 
+def test_failures():
+    """The error by its name, or by its number where Python knows none; the name looked up, or a dash."""
+    tool = load("tcpconnect")
+    events = [
+        event(7, "a", 4, "0.0.0.0", "192.0.2.2", 80, error=errno.ENETUNREACH),
+        event(8, "b", 6, "2001:db8::1", "2001:db8::2", 443, error=524),
+    ]
+    names = {7: "example.com (1500 ms)", 8: None}
+    args = options(failed=True)
+    assert tool.header(args) + tool.rows(args, events, 0) == (
+        "PID     COMM         IP SADDR            DADDR            DPORT ERR\n"
+        "7       a            4  0.0.0.0          192.0.2.2        80    ENETUNREACH\n"
+        "8       b            6  2001:db8::1      2001:db8::2      443   524\n"
+    )
+    args = options(dns=True)
+    query = lambda event: names[event[2]]
+    assert tool.header(args) + tool.rows(args, events, 0, query) == (
+        "PID     COMM         IP SADDR            DADDR            DPORT QUERY\n"
+        "7       a            4  0.0.0.0          192.0.2.2        80    example.com (1500 ms)\n"
+        "8       b            6  2001:db8::1      2001:db8::2      443   -\n"
+    )
+    args = options(failed=True, dns=True)
+    assert tool.header(args).endswith(" DPORT ERR           QUERY\n")
+    first, second = tool.rows(args, events, 0, query).splitlines()
+    assert first.endswith(" 80    ENETUNREACH   example.com (1500 ms)")
+    assert second.endswith(" 443   524           -")
+
+
+def test_queue():
+    """As inet_csk_accept() left it, or dashes where the listening socket is not known."""
+    tool = load("tcpaccept")
+    args = options(queue=True)
+    accept = event(7, "a", 4, "192.0.2.1", "192.0.2.2", 80)
+    events = [(*accept, 3, 128), (*accept, 0xFFFFFFFF, 0xFFFFFFFF)]
+    assert tool.header(args) + tool.rows(args, events, 0) == (
+        "PID     COMM         IP RADDR            LADDR            LPORT QLEN  QMAX\n"
+        "7       a            4  192.0.2.1        192.0.2.2        80    3     128\n"
+        "7       a            4  192.0.2.1        192.0.2.2        80    -     -\n"
+    )
+
+
+def test_counts(name, tool, monkeypatch, capsys):
+    """Sorted by count, then address and port; and what found no room in the table."""
+    flows = {
+        (4, 0, 443, 0, packed("192.0.2.1"), packed("192.0.2.10")): 7,
+        (6, 0, 80, 0, packed("2001:db8::1"), packed("2001:db8::2")): 65537,
+        (4, 0, 80, 0, packed("192.0.2.1"), packed("192.0.2.9")): 7,
+    }
+    table = {
+        tool.FLOW.pack(*flow): ctypes.c_uint64(count) for flow, count in flows.items()
+    }
+    lost = Counter({"no room in the table": 3})
+    monkeypatch.setattr(tool, "count_losses", lambda b, no_room: lambda: lost)
+    monkeypatch.setattr(tool, "stopping", [15])
+    written = []
+    monkeypatch.setattr(tool, "write", written.append)
+    args = options(count=True, cgroup=[])
+    tool.count({"flows": table}, args, tool.header(args), tool.flow_row)
+    assert "".join(written) == (
+        "SADDR            DADDR            DPORT CONNECTS\n"
+        "2001:db8::1      2001:db8::2      80    65537\n"
+        "192.0.2.1        192.0.2.9        80    7\n"
+        "192.0.2.1        192.0.2.10       443   7\n"
+        if name == "tcpconnect"
+        else "RADDR            LPORT ACCEPTS\n"
+        "2001:db8::1      80    65537\n"
+        "192.0.2.1        80    7\n"
+        "192.0.2.1        443   7\n"
+    )
+    said = capsys.readouterr().err
+    assert said == f"{name}: lost 3 events, no room in the table\n"
+
+
 # The fields of a line of JSON, in their order, and the types of their values.
 JSON_FIELDS = {
     "ts": str,
@@ -134,6 +212,11 @@ JSON_FIELDS = {
     "dport": int,
     "netns": int,
     "cgroup": int,
+}
+# And those that options put behind them.
+MORE_JSON_FIELDS = {
+    "tcpconnect": {"error": str, "query": str},
+    "tcpaccept": {"qlen": int, "qmax": int},
 }
 
 
@@ -164,15 +247,38 @@ def test_json(name, tool, monkeypatch):
         "cgroup": CGROUP,
     }
     for line in (first, second):
-        types = {key: type(value) for key, value in json.loads(line).items()}
-        assert list(types.items()) == list(JSON_FIELDS.items())
+        assert list(types_of(line).items()) == list(JSON_FIELDS.items())
+
+
+def types_of(line):
+    return {key: type(value) for key, value in json.loads(line).items()}
+
+
+def test_more_json(name, tool):
+    """Where they apply: the error with -x, the query with -d where it is known, and so the queue with -q."""
+    found = event(7, "a", 4, "192.0.2.1", "192.0.2.2", 80, error=errno.ETIMEDOUT)
+    more = {**JSON_FIELDS, **MORE_JSON_FIELDS[name]}
+    if name == "tcpconnect":
+        args = options(json=True, failed=True, dns=True)
+        line = tool.rows(args, [found], 0, lambda _: "example.com")
+        nothing = tool.rows(options(json=True, dns=True), [found], 0, lambda _: None)
+        some = {"event": "connect_failed", "error": "ETIMEDOUT", "query": "example.com"}
+    else:
+        args = options(json=True, queue=True)
+        line = tool.rows(args, [(*found, 0, 128)], 0)
+        nothing = tool.rows(args, [(*found, 0xFFFFFFFF, 0xFFFFFFFF)], 0)
+        some = {"event": "accept", "qlen": 0, "qmax": 128}
+    assert list(types_of(line).items()) == list(more.items())
+    assert some.items() <= json.loads(line).items()
+    assert list(types_of(nothing).items()) == list(JSON_FIELDS.items())
 
 
 def test_json_fields_are_in_the_man_page(name):
     text = (TOP / f"man/man8/{name}.8").read_text()
     section = text[text.index(".SH JSON") : text.index(".SH OVERHEAD")]
     terms = re.findall(r"^\.TP\n(.*)", section, re.MULTILINE)
-    assert ", ".join(terms).split(", ") == list(JSON_FIELDS)
+    fields = [*JSON_FIELDS, *MORE_JSON_FIELDS[name]]
+    assert ", ".join(terms).split(", ") == fields
 
 
 def test_lost_events_in_json(tool, monkeypatch, capsys):
@@ -257,7 +363,7 @@ def test_buffers_stay_under_32_mb(tool):
 def follow(tool, monkeypatch, batches, lost=({},) * 9, **given):
     """What follow() writes for batches of (now in ms, events); an event is a timestamp in ms. lost: by reason, each time."""
     written, clock = [], iter([now * 1_000_000 for now, _ in batches])
-    rest = [0] * 8 + [bytes(16)] * 3
+    rest = [0] * 9 + [bytes(16)] * 3
     queue = [
         [tool.EVENT.pack(ts * 1_000_000, *rest) for ts in events]
         for _, events in batches
@@ -268,18 +374,22 @@ def follow(tool, monkeypatch, batches, lost=({},) * 9, **given):
             tool.stopping.append(15)
 
     counts = iter(lost)
-    opened = (lambda: queue.pop(0)), wait, (lambda: Counter(next(counts)))
-    monkeypatch.setattr(tool, "open_events", lambda b, pages: opened)
+    opened = (lambda: queue.pop(0)), wait, (lambda: 0)
+    monkeypatch.setattr(tool, "open_events", lambda b, size, pages: opened)
+    lost_then = lambda: Counter(next(counts))
+    monkeypatch.setattr(tool, "count_losses", lambda b, no_room: lost_then)
     monkeypatch.setattr(tool.time, "monotonic_ns", lambda: next(clock))
     monkeypatch.setattr(tool, "write", written.append)
-    tool.follow(
+    told = tool.follow(
         None,
-        options(buffer_pages=None, **given),
+        options(buffer_pages=None, cgroup=[], **given),
+        tool.EVENT,
         "header",
         lambda events, first: [
             (ts // 1_000_000, first // 1_000_000) for ts, *_ in events
         ],
     )
+    tool.say_total(told)
     assert written.pop(0) == "header"
     return written
 
