@@ -196,6 +196,47 @@ def start(tmp_path):
             tool.process.wait()
 
 
+@contextlib.contextmanager
+def running(folders, commands, **env):
+    """{key: Tool} of {key: (command, way)}, all tracing by that way; in the end none has complained."""
+    tools = {}
+    for key, (command, way) in commands.items():
+        environment = {**os.environ, **env, "TCPTRACE_WAY": way, "TCPTRACE_DEBUG": "1"}
+        tools[key] = Tool(folders.mktemp("tool"), command, env=environment)
+    for tool in tools.values():
+        tool.wait_for_header()
+    assert [tool.way() for tool in tools.values()] == [w for _, w in commands.values()]
+    yield tools
+    for tool in tools.values():
+        tool.end()
+        assert tool.complaints() == []
+
+
+def rows_until(tool, begin, marker):
+    """The rows of a running tool from number `begin` on, up to a row of the process `marker`, which must come."""
+    deadline = time.monotonic() + DEADLINE
+    rows = tool.rows()
+    while not rows or not rows[-1].startswith(f"{marker:<7} "):
+        assert time.monotonic() < deadline, "the marker does not show"
+        time.sleep(0.05)
+        rows = tool.rows()
+    return rows[begin:-1]
+
+
+@pytest.fixture
+def cgroups(tmp_path):
+    """Where the cgroups (version 2) are, with what tests make below removed in the end."""
+    top = tmp_path / "cgroup2"
+    top.mkdir()
+    subprocess.run(["mount", "-t", "cgroup2", "none", str(top)], check=True)
+    before = {path for path in top.rglob("*") if path.is_dir()}
+    yield top
+    made = {path for path in top.rglob("*") if path.is_dir()} - before
+    for folder in sorted(made, reverse=True):
+        folder.rmdir()
+    show(top)
+
+
 class Worker:
     """A process named comm that runs function(*args); report() waits for its end and gives what it returned."""
 

@@ -15,7 +15,7 @@ import sys
 import time
 
 import pytest
-from conftest import DEADLINE, IPV4, IPV6, TOOLS, Tool, Worker, row
+from conftest import DEADLINE, IPV4, IPV6, TOOLS, Worker, row, rows_until, running
 from io_uring import IORING_OP_ACCEPT, IORING_OP_CONNECT, Ring
 from traffic import (
     accept_in_threads,
@@ -35,22 +35,11 @@ IPPROTO_MPTCP = 262
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory):
     """{(name, way): Tool}, all tracing."""
-    env = {**os.environ, "LANG": "C", "PYTHONIOENCODING": "ascii"}
-    found = {}
-    for name in TOOLS:
-        for way in WAYS:
-            folder = tmp_path_factory.mktemp(f"{name}-{way}")
-            environment = {**env, "TCPTRACE_WAY": way, "TCPTRACE_DEBUG": "1"}
-            found[name, way] = Tool(folder, name, env=environment)
-    for tool in found.values():
-        tool.wait_for_header()
-    assert {key: tool.way() for key, tool in found.items()} == {
-        (name, way): way for name, way in found
-    }
-    yield found
-    for tool in found.values():
-        tool.end()
-        assert tool.complaints() == []
+    commands = {(name, way): (name, way) for name in TOOLS for way in WAYS}
+    with running(
+        tmp_path_factory, commands, LANG="C", PYTHONIOENCODING="ascii"
+    ) as found:
+        yield found
 
 
 @pytest.fixture
@@ -62,18 +51,9 @@ def expect(tools):
         marker = Worker(b"marker", connect_to_itself, 1)
         marker.report()
         for (name, way), tool in tools.items():
-            rows = tool.rows()
-            deadline = time.monotonic() + DEADLINE
-            while not rows or not rows[-1].startswith(f"{marker.pid:<7} marker "):
-                assert time.monotonic() < deadline, "the marker does not show"
-                time.sleep(0.05)
-                rows = tool.rows()
-            new = rows[before[name, way] : -1]
-            assert (name, way, new) == (
-                name,
-                way,
-                connects if name == "tcpconnect" else accepts,
-            )
+            new = rows_until(tool, before[name, way], marker.pid)
+            wanted = connects if name == "tcpconnect" else accepts
+            assert (name, way, new) == (name, way, wanted)
 
     return expect_rows
 

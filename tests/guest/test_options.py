@@ -8,11 +8,9 @@ import pathlib
 import random
 import re
 import socket
-import subprocess
 import time
 
-import pytest
-from conftest import IPV4, IPV6, TOOLS, Worker, both_ways, btf_without, row, show
+from conftest import IPV4, IPV6, TOOLS, Worker, both_ways, btf_without, row
 from traffic import (
     MAPPED,
     connect_and_reset,
@@ -151,23 +149,12 @@ def test_filters_and_columns(start, way):
         assert tool.out.read_text().startswith("TIME     TIME(s)   PID     COMM ")
 
 
-@pytest.fixture
-def cgroup(tmp_path):
-    """A cgroup (version 2) of its own."""
-    mount = tmp_path / "cgroup2"
-    mount.mkdir()
-    subprocess.run(["mount", "-t", "cgroup2", "none", str(mount)], check=True)
-    folder = mount / "tcp-test"
-    folder.mkdir()
-    yield folder
-    folder.rmdir()
-    show(mount)
-
-
 @both_ways
-def test_json(start, cgroup, way):
+def test_json(start, cgroups, way):
     """The same four addresses and ports in both tools; the one user's processes in a cgroup of their own."""
     traffic = Traffic()
+    cgroup = cgroups / "tcp-test"
+    cgroup.mkdir()
     for worker in traffic.workers[NOBODY][:2]:
         (cgroup / "cgroup.procs").write_text(str(worker.pid))
     began = time.time()
@@ -185,7 +172,7 @@ def test_json(start, cgroup, way):
         client = ("local", "lport", "remote", "rport")
         server = ("remote", "rport", "local", "lport")
         ends = client if name == "tcpconnect" else server
-        root = cgroup.parent.stat().st_ino
+        root = cgroups.stat().st_ino
         assert lines == [
             {
                 "host": os.uname().nodename,

@@ -29,6 +29,7 @@ from conftest import (
 from traffic import (
     accept_in_threads,
     connect_often,
+    connect_refused,
     listener,
     run_mixed_traffic,
     serve,
@@ -69,10 +70,19 @@ def test_layout_from_kernel_headers(start):
     show(headers())
     hide("/sys/kernel/btf")
     try:
-        tools = start(*TOOLS)
-        assert [tool.way() for tool in tools] == ["headers", "headers"]
+        tools = start(*TOOLS, "tcpconnect -x -d", "tcpaccept -q")
+        assert [tool.way() for tool in tools] == ["headers"] * 4
         connects, accepts = run_mixed_traffic()
-        assert [tool.stop() for tool in tools] == [connects, accepts]
+        refused = Worker(b"refused", connect_refused, IPV4)
+        port = refused.report()
+        attempt = row(refused.pid, "refused", 4, IPV4, IPV4, port)
+        plain, accepting, failing, queue = [tool.stop() for tool in tools]
+        assert (plain, accepting) == ([*connects, attempt], accepts)
+        assert [line for line in failing if "ENETUNREACH" not in line] == [
+            row(refused.pid, "refused", 4, IPV4, IPV4, f"{port:<5} ECONNREFUSED  -")
+        ]
+        assert [line.rsplit(maxsplit=2)[0] for line in queue] == accepts
+        assert {line.split()[-1] for line in queue} == {"128"}
     finally:
         show("/sys/kernel/btf")
         hide(headers())
