@@ -1,0 +1,46 @@
+# completion.bash  Complete the options of tcpconnect and tcpaccept, and their values, in bash.
+#
+# USAGE: source examples/completion.bash
+#
+# Or for all users, where the package bash-completion looks for a file by the command's name:
+#
+#     folder=/usr/share/bash-completion/completions
+#     sudo install -m 644 examples/completion.bash $folder/tcpconnect
+#     sudo ln -s tcpconnect $folder/tcpaccept
+#
+# Behind `sudo`, that package is needed.
+
+# bash gives the command, the word to complete and the word before it. --pid=18 is three words.
+_tcptrace() {
+    local word=${2#=} option=$3 pids=(/proc/[0-9]*)
+    local before=${word%"${word##*,}"} last=${word##*,} # of a list
+    local options="-h --help -t --timestamp -p --pid -P --port -4 --ipv4 -6 --ipv6 -u --uid --cgroup --cgroupmap
+        --mntnsmap -T --time -U --print-uid --json -c --count -b --buffer-pages"
+    case ${1##*/} in
+    tcpconnect) options+=" -x --failed -L --lport -d --dns" ;;
+    tcpaccept) options+=" -R --rport -q --queue" ;;
+    esac
+    if [[ $option == = ]]; then
+        option=${COMP_WORDS[COMP_CWORD - 2]}
+    fi
+    COMPREPLY=()
+    case $option in
+    -p | --pid) set -- -P "$before" -W "${pids[*]##*/}" -- "$last" ;;
+    -u | --uid) set -- -P "$before" -u -- "$last" ;;
+    -b | --buffer-pages) set -- -W "1 2 4 8 16 32 64 128 256 512 1024 2048 4096 8192 16384" -- "$word" ;;
+    -P | --port) return ;;
+    --cgroupmap | --mntnsmap)
+        compopt -o default # file names, by readline
+        return
+        ;;
+    --cgroup)
+        compopt -o filenames -o nospace
+        mapfile -t COMPREPLY < <(cd "$(findmnt -nfro TARGET -t cgroup2)" && compgen -d -S / -- "$word")
+        return
+        ;;
+    *) set -- -W "$options" -- "$word" ;;
+    esac
+    mapfile -t COMPREPLY < <(compgen "$@")
+}
+
+complete -F _tcptrace tcpconnect tcpaccept

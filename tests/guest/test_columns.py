@@ -1,0 +1,278 @@
+"""-c, -q, -d: tables of counts, the accept queue, and the names that were looked up."""
+
+import json
+import os
+import pathlib
+import select
+import socket
+import subprocess
+
+import dnslib
+import pytest
+from conftest import IPV4, IPV6, NOBODY4, NOBODY6, TOP, Worker, best_way, both_ways, row
+from test_options import Traffic
+from traffic import (
+    accept_in_threads,
+    connect_nonblocking,
+    listener,
+)
+
+HOSTS = {
+    "www.example.com": ("A", IPV4),
+    "six.example.com": ("AAAA", IPV6),
+    "alias.example.com": ("CNAME", "www.example.net", IPV4),
+}
+
+
+@both_ways
+def test_counts(start, way):
+    """Two users' connections, IPv4 in an IPv6 socket as IPv4; sorted, and only what the filters let through."""
+    traffic = Traffic()
+    ports = [group[2] for group in traffic.workers.values()]
+    connects, accepts, four, six = start(
+        "tcpconnect -c",
+        "tcpaccept --count",
+        "tcpconnect -c -4 -u nobody",
+        f"tcpaccept -c -6 -P {ports[0][1]}",
+        TCPTRACE_WAY=way,
+    )
+    traffic.go()
+    (a4, a6, amapped), (b4, b6, bmapped) = ports
+    flows = {a4: 5, a6: 3, amapped: 2, b4: 2, b6: 5, bmapped: 3}
+
+    def address(port):
+        return IPV6 if port in (a6, b6) else IPV4
+
+    def order(port):
+        return -flows[port], address(port) == IPV6, port
+
+    ordered = sorted(flows, key=order)
+
+    def connect_line(port):
+        return f"{address(port):<16} {address(port):<16} {port:<5} {flows[port]}"
+
+    assert connects.stop() == [connect_line(port) for port in ordered]
+    assert accepts.stop() == [
+        f"{address(port):<16} {port:<5} {flows[port]}" for port in ordered
+    ]
+    assert four.stop() == [
+        connect_line(port) for port in ordered if port in (b4, bmapped)
+    ]
+    assert six.stop() == [f"{IPV6:<16} {a6:<5} 3"]
+
+
+def test_more_flows_than_the_table_holds(start):
+    """65,535 ports over IPv4 and 1,009 over IPv6, one connect each: 1,008 too many, and counted as such."""
+    (tool,) = start("tcpconnect -c")
+    for address, count in ((NOBODY4, 65535), (NOBODY6, 1009)):
+        Worker(b"client", connect_nonblocking, 0, address, count).report()
+    rows = tool.stop()
+    assert len(rows) == len(set(rows)) == 65536
+    assert {line.split()[-1] for line in rows} == {"1"}
+    assert tool.complaints() == [
+        "tcpconnect: lost 1008 events, no room in the table",
+    ]
+
+
+def accept_later(server, go, count):
+    """Accept `count` connections, once told to."""
+    os.read(go, 1)
+    for _ in range(count):
+        server.accept()[0].close()
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("family", "address", "ip"),
+    [(socket.AF_INET, IPV4, 4), (socket.AF_INET6, IPV6, 6)],
+    ids=["IPv4", "IPv6"],
+)
+def test_queue(start, way, family, address, ip):
+    """What waits still at that accept, and how many may: of a queue of 4, filled by 5, and of one that is not full."""
+    table, lines = start("tcpaccept -q", "tcpaccept -q --json", TCPTRACE_WAY=way)
+    rows, queues = [], []
+    for backlog, waiting in ((4, 5), (17, 3)):
+        server = listener(family, address, backlog)
+        port = server.getsockname()[1]
+        reader, writer = os.pipe()
+        worker = Worker(b"server", accept_later, server, reader, waiting)
+        clients = [
+            socket.create_connection(server.getsockname()[:2]) for _ in range(waiting)
+        ]
+        os.write(writer, b".")
+        worker.report()
+        for client in (*clients, server):
+            client.close()
+        for left in reversed(range(waiting)):
+            queue = f"{port:<5} {left:<5} {backlog}"
+            rows.append(row(worker.pid, "server", ip, address, address, queue))
+            queues.append((left, backlog))
+    assert table.stop() == rows
+    known = [json.loads(line) for line in lines.stop()]
+    assert [(line["qlen"], line["qmax"]) for line in known] == queues
+
+
+@both_ways
+def test_queue_of_threads_that_waited_before(start, way):
+    """Which socket they wait at is not known, so neither is its queue, but what they accept is shown."""
+    server = listener(socket.AF_INET, IPV4)
+    port = server.getsockname()[1]
+    ready, tell = os.pipe()
+    worker = Worker(b"blocked", accept_in_threads, server, 5, tell)
+    os.read(ready, 1)
+    table, lines = start("tcpaccept -q", "tcpaccept -q --json", TCPTRACE_WAY=way)
+    client = Worker(b"client", connect_nothing, port, 5)
+    client.report()
+    worker.report()
+    unknown = f"{port:<5} -     -"
+    assert table.stop() == [row(worker.pid, "blocked", 4, IPV4, IPV4, unknown)] * 5
+    known = [json.loads(line) for line in lines.stop()]
+    assert [("qlen" in line, line["dport"]) for line in known] == [(False, port)] * 5
+
+
+def connect_nothing(port, count):
+    for _ in range(count):
+        socket.create_connection((IPV4, port)).close()
+
+
+def answer_to(question):
+    """The DNS answer (bytes) to a question: of HOSTS, or of any name, that there is none."""
+    query = dnslib.DNSRecord.parse(question)
+    reply = query.reply()
+    name = str(query.q.qname).rstrip(".")
+    kind, *data = HOSTS.get(name, ("",))
+    if kind == "CNAME":
+        alias, address = data
+        reply.add_answer(*dnslib.RR.fromZone(f"{name}. 60 CNAME {alias}."))
+        reply.add_answer(*dnslib.RR.fromZone(f"{alias}. 60 A {address}"))
+    elif dnslib.QTYPE[query.q.qtype] == kind:
+        reply.add_answer(*dnslib.RR.fromZone(f"{name}. 60 {kind} {data[0]}"))
+    return reply.pack()
+
+
+def serve_names(servers):
+    """Answer over IPv4 and IPv6, until killed. A question for nonsense gets nonsense."""
+    while True:
+        for server in select.select(servers, [], [])[0]:
+            question, client = server.recvfrom(4096)
+            server.sendto(
+                bytes(range(7, 77)) if b"nonsense" in question else answer_to(question),
+                client,
+            )
+
+
+@pytest.fixture
+def names():
+    """A DNS server on this guest's port 53, which its resolver asks."""
+    servers = [
+        socket.socket(family, socket.SOCK_DGRAM)
+        for family in (socket.AF_INET, socket.AF_INET6)
+    ]
+    for server, address in zip(servers, ("127.0.0.1", "::1")):
+        server.bind((address, 53))
+    worker = Worker(b"names", serve_names, servers)
+    for server in servers:
+        server.close()
+    resolver = pathlib.Path("/etc/resolv.conf")
+    before = resolver.read_text() if resolver.exists() else ""
+    resolver.write_text("nameserver 127.0.0.1\noptions timeout:30\n")
+    yield
+    resolver.write_text(before)
+    os.kill(worker.pid, 9)
+    os.waitpid(worker.pid, 0)
+
+
+def ask(name, kind="A", server="127.0.0.1"):
+    """Ask the DNS server, and read its answer."""
+    family = socket.AF_INET6 if ":" in server else socket.AF_INET
+    question = dnslib.DNSRecord.question(name, kind).pack()
+    with socket.socket(family, socket.SOCK_DGRAM) as client:
+        client.sendto(question, (server, 53))
+        client.recv(4096)
+
+
+def ask_and_connect(questions, address, port):
+    for question in questions:
+        ask(*question)
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as client:
+        client.connect((address, port))
+        client.recv(1)
+
+
+@both_ways
+def test_names(start, names, way):
+    """What the process itself asked for, else what any did; over IPv4 and IPv6; the name asked for, not its alias."""
+    servers = [listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)]
+    port4, port6 = (server.getsockname()[1] for server in servers)
+    table, lines = start("tcpconnect -d", "tcpconnect -d --json", TCPTRACE_WAY=way)
+    www, six = ["www.example.com"], ["six.example.com", "AAAA"]
+    alias = ["alias.example.com", "A", "::1"]
+    cases = [
+        ([], IPV4, port4, None),
+        ([www], IPV4, port4, "www.example.com"),
+        ([alias], IPV4, port4, "alias.example.com"),
+        ([], IPV4, port4, "alias.example.com"),
+        ([["nonsense.example"], ["no.example"], www], IPV4, port4, "www.example.com"),
+        ([six], IPV6, port6, "six.example.com"),
+        ([alias, ["\x1b[31m.example"], ["six.example.com", "A"]], IPV6, port6, six[0]),
+    ]
+    found = []
+    for questions, address, port, name in cases:
+        server = servers[0] if address == IPV4 else servers[1]
+        worker = Worker(b"client", ask_and_connect, questions, address, port)
+        with server.accept()[0] as connection:
+            connection.send(b".")
+        worker.report()
+        ip = 4 if address == IPV4 else 6
+        found.append((row(worker.pid, "client", ip, address, address, ""), port, name))
+    shown = table.stop()
+    assert [without_age(line) for line in shown] == [
+        f"{front}{port:<5} {name or '-'}" for front, port, name in found
+    ]
+    known = [json.loads(line).get("query") for line in lines.stop()]
+    assert [name and without_age(name) for name in known] == [n for *_, n in found]
+
+
+def without_age(text):
+    """A name without the age of its answer, which is told when the guest is slow."""
+    return text.partition(" (")[0]
+
+
+def test_names_of_a_real_resolver(start, names):
+    """curl, by the C library's resolver."""
+    server = listener(socket.AF_INET, IPV4)
+    port = server.getsockname()[1]
+    (table,) = start("tcpconnect -d", TCPTRACE_WAY=best_way())
+    curl = subprocess.Popen(
+        ["curl", "-s", "-4", f"http://www.example.com:{port}/"],
+        stdout=subprocess.DEVNULL,
+    )
+    with server.accept()[0] as connection:
+        connection.recv(4096)
+    curl.wait()
+    (line,) = table.stop()
+    assert without_age(line) == row(
+        curl.pid, "curl", 4, IPV4, IPV4, f"{port:<5} www.example.com"
+    )
+
+
+def test_what_names_need(tmp_path):
+    """One line names the package that is missing; without -d none is missed."""
+    for package in ("dnslib", "cachetools"):
+        (tmp_path / f"{package}.py").write_text(
+            f"raise ModuleNotFoundError('gone', name='{package}')\n"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(
+            [TOP / "tcpconnect", "--dns"],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+        (tmp_path / f"{package}.py").unlink()
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == (
+            f"tcpconnect: error: --dns needs {package}: install python3-{package} "
+            f"(Debian, Ubuntu, Fedora), or pip install {package}\n"
+        )
