@@ -26,8 +26,8 @@ def bpffs():
 
 def make_map(path, kind="hash", key=8, value=8, ids=()):
     """A pinned map as bcc's special_filtering guide makes it, with IDs in it; its path."""
-    words = f"create {path} type {kind} key {key} value {value} entries 128 name ids flags 0"
-    subprocess.run(["bpftool", "map", *words.split()], check=True)
+    words = f"type {kind} key {key} value {value} entries 128 name ids flags 0"
+    subprocess.run(["bpftool", "map", "create", str(path), *words.split()], check=True)
     for number in ids:
         update = ["bpftool", "map", "update", "pinned", str(path), "key", "hex"]
         pair = [number.to_bytes(key, "little").hex(" "), bytes(value).hex(" ")]
@@ -106,10 +106,10 @@ def test_a_service_that_restarts(start, cgroups):
     rows = first.rows()
     folder.rmdir()
     for tool in tools:
-        wait_for(tool, f": the cgroup {folder} is gone\n")
+        wait_for(tool, "/web.service is gone\n")
     second = Group(folder, 5)
     for tool in tools:
-        wait_for(tool, ": what it did at first was not seen\n")
+        wait_for(tool, "/web.service is a new one: what it did at first was not seen\n")
     outside.rows()
     rows += second.rows()
     assert connecting.stop() == rows

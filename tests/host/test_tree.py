@@ -14,6 +14,7 @@ SHELL = (
     "tests/vm",
     "tests/install",
     ".ci/run",
+    "examples/completion.bash",
     "examples/demo",
 )
 
