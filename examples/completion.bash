@@ -4,7 +4,8 @@
 #
 # Or for all users, where the package bash-completion looks for a file by the command's name:
 #
-#     folder=/usr/share/bash-completion/completions
+#     folder=/usr/local/share/bash-completion/completions
+#     sudo install -d $folder
 #     sudo install -m 644 examples/completion.bash $folder/tcpconnect
 #     sudo ln -s tcpconnect $folder/tcpaccept
 #

@@ -149,7 +149,7 @@ def ways(tool, path, preemptible=False, structs=()):
     tool.import_bcc()
     fexit_defines = tool.fexit_defines
     if tool.NAME == "tcpconnect":
-        both = argparse.Namespace(ipv4=False, ipv6=False, dns=False)
+        both = argparse.Namespace(ipv4=False, ipv6=False, dns=False, failed=False)
         fexit_defines = functools.partial(fexit_defines, both)
     wanted = {**tool.STRUCTS, **dict(structs)}
     return dict(tool.ways_to_trace(wanted, fexit_defines, {}))

@@ -256,12 +256,13 @@ def types_of(line):
 
 def test_more_json(name, tool):
     """Where they apply: the error with -x, the query with -d where it is known, and so the queue with -q."""
-    found = event(7, "a", 4, "192.0.2.1", "192.0.2.2", 80, error=errno.ETIMEDOUT)
+    found = event(7, "a", 4, "192.0.2.1", "192.0.2.2", 80)
     more = {**JSON_FIELDS, **MORE_JSON_FIELDS[name]}
     if name == "tcpconnect":
         args = options(json=True, failed=True, dns=True)
-        line = tool.rows(args, [found], 0, lambda _: "example.com")
-        nothing = tool.rows(options(json=True, dns=True), [found], 0, lambda _: None)
+        late = event(7, "a", 4, "192.0.2.1", "192.0.2.2", 80, error=errno.ETIMEDOUT)
+        line = tool.rows(args, [late], 0, lambda _: "example.com")
+        nothing = tool.rows(args, [found], 0, lambda _: None)
         some = {"event": "connect_failed", "error": "ETIMEDOUT", "query": "example.com"}
     else:
         args = options(json=True, queue=True)
