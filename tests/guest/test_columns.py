@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import select
+import signal
 import socket
 import subprocess
 
@@ -254,6 +255,24 @@ def test_names_of_a_real_resolver(start, names):
     assert without_age(line) == row(
         curl.pid, "curl", 4, IPV4, IPV4, f"{port:<5} www.example.com"
     )
+
+
+def test_more_answers_than_the_buffer_holds(start, names):
+    """64 pages hold 126 answers: 1,009 that are read on one CPU while the tool is stopped are 883 too many."""
+    (table,) = start("tcpconnect -d", TCPTRACE_WAY=best_way())
+    table.process.send_signal(signal.SIGSTOP)
+    Worker(b"client", ask_often, 1009).report()
+    table.process.send_signal(signal.SIGCONT)
+    assert table.stop() == []
+    assert table.complaints() == [
+        "tcpconnect: lost 883 DNS answers, no room in the buffer"
+    ]
+
+
+def ask_often(count):
+    os.sched_setaffinity(0, {0})
+    for _ in range(count):
+        ask("www.example.com")
 
 
 def test_what_names_need(tmp_path):

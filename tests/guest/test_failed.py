@@ -28,6 +28,7 @@ from traffic import (
 
 WAYS = ("fexit", "kprobe")
 BEHIND_ROUTER = "198.51.100.7"  # a router answers that it cannot be reached
+REJECTED4, REJECTED6 = "192.0.2.66", "2001:db8::66"
 NO_ROUTE4, NO_ROUTE6 = "203.0.113.1", "2001:db8:ffff::1"
 TCP_SYNCNT = 7
 LINGER_0 = b"\1\0\0\0\0\0\0\0"
@@ -128,6 +129,54 @@ def test_a_router_says_no(expect, router, blocking):
     worker = Worker(b"client", connect, socket.AF_INET, BEHIND_ROUTER, 443, blocking)
     assert worker.report() == errno.EHOSTUNREACH
     expect([failed_row(worker, 4, "198.18.0.1", BEHIND_ROUTER, 443, "EHOSTUNREACH")])
+
+
+@pytest.fixture(scope="module")
+def firewall():
+    """This guest's own: it answers at once, while connect() still has the socket."""
+    rules = f"""\
+table inet reject {{
+    chain output {{
+        type filter hook output priority 0;
+        ip daddr {REJECTED4} reject
+        ip6 daddr {REJECTED6} reject
+    }}
+}}"""
+    subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True)
+
+
+def told_while_it_goes_on(address):
+    """Connect until one is told of its error while the kernel goes on trying; how many connects that took."""
+    for count in range(1, 30):
+        with socket.socket(
+            socket.AF_INET6 if ":" in address else socket.AF_INET
+        ) as client:
+            client.setblocking(False)
+            assert client.connect_ex((address, 443)) == errno.EINPROGRESS
+            poller = select.poll()
+            poller.register(client, 0)  # errors only
+            poller.poll()
+            select.select(
+                [], [], [], 0.1
+            )  # a socket that is closed reports its error first
+            state = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+            error = client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            assert error == errno.ECONNREFUSED
+        if state != TCP_CLOSE:
+            return count
+    raise AssertionError("each was closed when it was told")
+
+
+@pytest.mark.parametrize(
+    ("ip", "saddr", "daddr"),
+    [(4, IPV4, REJECTED4), (6, IPV6, REJECTED6)],
+    ids=["IPv4", "IPv6"],
+)
+def test_a_firewall_says_no(expect, firewall, ip, saddr, daddr):
+    """The process closes the socket before the kernel does, but not before the answer."""
+    worker = Worker(b"client", told_while_it_goes_on, daddr)
+    count = worker.report()
+    expect([failed_row(worker, ip, saddr, daddr, 443, "ECONNREFUSED")] * count)
 
 
 @pytest.mark.parametrize(

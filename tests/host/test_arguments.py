@@ -98,6 +98,16 @@ def test_help_is_the_seeds(name, no_bcc, option):
     )
 
 
+def test_the_example_file_shows_each_option(name, tool):
+    """With what it printed."""
+    text = (TOP / f"examples/{name}_example.txt").read_text()
+    commands = re.findall(rf"^# \./{name}(.*)\n(?=\S)", text, re.MULTILINE)
+    shown = {word for command in commands for word in command.split()}
+    for line in re.findall(r"^  (-.+)", tool.HELP, re.MULTILINE):
+        names = re.findall(r"-[-\w]+", line.partition("  ")[0])
+        assert shown & set(names), names
+
+
 def test_help_is_the_example_files_usage(name):
     text = (TOP / "examples" / f"{name}_example.txt").read_text()
     assert text.endswith(f"USAGE message:\n\n# ./{name} -h\n{help_text(name)}")
