@@ -40,7 +40,9 @@ def visit(server, ip, count):
             lport = client.getsockname()[1]
             error = client.connect_ex((address, port))
             assert error == (0 if listens else errno.ECONNREFUSED)
-            known.append({"ip": ip, "lport": lport, "rport": port, "left": left})
+            known.append(
+                {"ip": ip, "lport": lport, "rport": port, "left": left, "error": error}
+            )
         while listens and waiting(server) < count:
             os.sched_yield()
         for _ in range(count if listens else 0):
@@ -62,10 +64,9 @@ def visit_all(go, uid, mount_namespace, visits):
 
 @pytest.fixture
 def trace(start, cgroups, bpffs, names):
-    """trace(name) gives the tools of all its lines, after the traffic, and what all its filters let through.
+    """trace(name) gives the tools of all its lines, after the traffic, and what all filters but -4 and -6 let through.
 
-    That is the process that is "wanted", at two ports. Each other process and port fails one filter. All connect to
-    themselves.
+    That is what one process does at two ports. Each other process does the same but for one filter that it fails.
     """
 
     def run_lines(name):
@@ -80,24 +81,24 @@ def trace(start, cgroups, bpffs, names):
 
         cgroup, elsewhere = cgroups / "app.service", cgroups / "elsewhere"
         below = cgroup / "below"
-        workers, go = {}, {}
-        for what, folder, uid, mount_namespace in (
-            ("other process", cgroup, NOBODY, False),
-            ("other user", cgroup, 0, False),
-            ("not in --cgroup", elsewhere, NOBODY, False),
-            ("not in --cgroupmap", below, NOBODY, False),
-            ("not in --mntnsmap", cgroup, NOBODY, True),
-            ("wanted", cgroup, NOBODY, False),
+        workers = []
+        for folder, uid, mount_namespace in (
+            (cgroup, NOBODY, False),  # not in -p
+            (cgroup, 0, False),  # not in -u
+            (elsewhere, NOBODY, False),  # not in --cgroup
+            (below, NOBODY, False),  # not in --cgroupmap
+            (cgroup, NOBODY, True),  # not in --mntnsmap
+            (cgroup, NOBODY, False),  # wanted
         ):
             folder.mkdir(exist_ok=True)
-            reader, go[what] = os.pipe()
+            reader, go = os.pipe()
             worker = Worker(b"it", visit_all, reader, uid, mount_namespace, visits)
             (folder / "cgroup.procs").write_text(str(worker.pid))
-            workers[what] = worker
+            workers.append((worker, go))
 
         inodes = [folder.stat().st_ino for folder in (cgroup, elsewhere)]
         here = os.stat("/proc/self/ns/mnt").st_ino
-        pids = [workers[what].pid for what in workers if what != "other process"]
+        pids = [worker.pid for worker, _ in workers[1:]]
         ports = [server.getsockname()[1] for server in (listening, closed)]
         values = {
             "pids": ",".join(map(str, pids)),
@@ -108,29 +109,22 @@ def trace(start, cgroups, bpffs, names):
         }
         commands = [f"{name} {line.format(**values)}" for line in LINES[name]]
         tools = start(*commands, TCPTRACE_WAY=best_way())
-        for what, worker in workers.items():
-            os.write(go[what], b".")
-            known = worker.report()  # in the end what is known of "wanted"
+        for worker, go in workers:
+            os.write(go, b".")
+            known = worker.report()  # in the end what is known of the wanted one
         for tool in tools:
             tool.end()
             assert tool.complaints() == []
-        return (
-            tools,
-            [
-                {**one, "pid": worker.pid, "failed": one["rport"] == ports[1]}
-                for one in known
-                if one["rport"] in ports
-            ],
-            inodes[0],
-        )
+        wanted = {"pid": worker.pid, "cgroup": inodes[0]}
+        return tools, [{**wanted, **one} for one in known if one["rport"] in ports]
 
     return run_lines
 
 
 def timed(tool):
-    """The header and the rows without TIME and TIME(s), which have their form and order."""
+    """The header and the rows without TIME and TIME(s), which have their form and order, and without a name's age."""
     title, *lines = tool.out.read_text().splitlines()
-    shown = [line.split(maxsplit=2) for line in lines]
+    shown = [without_age(line).split(maxsplit=2) for line in lines]
     for column, form in enumerate((r"\d\d:\d\d:\d\d", r"\d+\.\d{3}")):
         assert all(re.fullmatch(form, line[column]) for line in shown)
     seconds = [float(line[1]) for line in shown]
@@ -148,14 +142,17 @@ def table_row(one, last):
 
 
 def objects(tool):
-    """With their times in order."""
+    """Without their times, which have their order, and without a name's age."""
     found = [json.loads(line) for line in tool.rows()]
     times = [line.pop("ts") for line in found]
     assert times == sorted(times)
+    for line in found:
+        if "query" in line:
+            line["query"] = without_age(line["query"])
     return found
 
 
-def json_object(one, event, cgroup, **fields):
+def json_object(one, event, **fields):
     address = IPV4 if one["ip"] == 4 else IPV6
     return {
         "host": os.uname().nodename,
@@ -170,38 +167,34 @@ def json_object(one, event, cgroup, **fields):
         "daddr": address,
         "dport": one["rport"],
         "netns": os.stat("/proc/self/ns/net").st_ino,
-        "cgroup": cgroup,
+        "cgroup": one["cgroup"],
         **fields,
     }
 
 
+def of_ip(known, ip):
+    return [one for one in known if one["ip"] == ip]
+
+
 def test_tcpconnect(trace):
-    tools, known, cgroup = trace("tcpconnect")
-    table4, table6, json6, json4, count4, count6 = tools
-    four, six = ([one for one in known if one["ip"] == ip] for ip in (4, 6))
-    assert list(map(without_age, timed(table4))) == [
+    (table4, table6, json6, json4, count4, count6), known = trace("tcpconnect")
+    failed = [one for one in known if one["error"]]
+    assert timed(table4) == [
         "UID    PID     COMM         IP SADDR            LPORT  DADDR            DPORT ERR           QUERY",
-        *(table_row(one, f"ECONNREFUSED  {NAMES[4]}") for one in four if one["failed"]),
+        *(table_row(one, f"ECONNREFUSED  {NAMES[4]}") for one in of_ip(failed, 4)),
     ]
-    assert list(map(without_age, timed(table6))) == [
+    assert timed(table6) == [
         "UID    PID     COMM         IP SADDR            LPORT  DADDR            DPORT QUERY",
-        *(table_row(one, NAMES[6]) for one in six),
+        *(table_row(one, NAMES[6]) for one in of_ip(known, 6)),
     ]
-    for tool, wanted in (
-        (
-            json6,
-            [
-                json_object(one, "connect_failed", cgroup, error="ECONNREFUSED")
-                for one in six
-                if one["failed"]
-            ],
-        ),
-        (json4, [json_object(one, "connect", cgroup) for one in four]),
-    ):
-        found = objects(tool)
-        queries = {without_age(line.pop("query")) for line in found}
-        assert (queries, found) == ({NAMES[wanted[0]["ip"]]}, wanted)
-    listening, closed = (four[n]["rport"] for n in (0, -1))
+    assert objects(json6) == [
+        json_object(one, "connect_failed", error="ECONNREFUSED", query=NAMES[6])
+        for one in of_ip(failed, 6)
+    ]
+    assert objects(json4) == [
+        json_object(one, "connect", query=NAMES[4]) for one in of_ip(known, 4)
+    ]
+    listening, closed = (known[n]["rport"] for n in (0, -1))
     assert count4.rows() == [
         f"{IPV4:<16} {IPV4:<16} {listening:<5} 5",
         f"{IPV4:<16} {IPV4:<16} {closed:<5} 2",
@@ -213,19 +206,20 @@ def test_tcpconnect(trace):
 
 
 def test_tcpaccept(trace):
-    tools, known, cgroup = trace("tcpaccept")
-    table4, table6, json6, json4, count4, count6 = tools
-    accepted = [one for one in known if not one["failed"]]
-    four, six = ([one for one in accepted if one["ip"] == ip] for ip in (4, 6))
-    for tool, wanted in ((table4, four), (table6, six)):
+    (table4, table6, json6, json4, count4, count6), known = trace("tcpaccept")
+    accepted = [one for one in known if not one["error"]]
+    for tool, ip in ((table4, 4), (table6, 6)):
         assert timed(tool) == [
             "UID    PID     COMM         IP RADDR            RPORT  LADDR            LPORT QLEN  QMAX",
-            *(table_row(one, f"{one['left']:<5} {BACKLOG}") for one in wanted),
+            *(
+                table_row(one, f"{one['left']:<5} {BACKLOG}")
+                for one in of_ip(accepted, ip)
+            ),
         ]
-    for tool, wanted in ((json4, four), (json6, six)):
+    for tool, ip in ((json4, 4), (json6, 6)):
         assert objects(tool) == [
-            json_object(one, "accept", cgroup, qlen=one["left"], qmax=BACKLOG)
-            for one in wanted
+            json_object(one, "accept", qlen=one["left"], qmax=BACKLOG)
+            for one in of_ip(accepted, ip)
         ]
     port = accepted[0]["rport"]
     assert count4.rows() == [f"{IPV4:<16} {port:<5} 5"]
