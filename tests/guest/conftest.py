@@ -6,18 +6,27 @@ import json
 import os
 import pathlib
 import re
+import select
 import signal
+import socket
 import subprocess
 import termios
 import time
 
+import dnslib
 import pytest
 
 TOOLS = ("tcpconnect", "tcpaccept")
 BTF = pathlib.Path("/sys/kernel/btf/vmlinux")
+BPFFS = pathlib.Path("/sys/fs/bpf")
 TOP = pathlib.Path(__file__).parents[2]
 IPV4, IPV6 = "192.0.2.10", "2001:db8::10"  # on a dummy interface
 NOBODY4, NOBODY6 = "192.0.2.99", "2001:db8::99"  # behind it, where nobody answers
+HOSTS = {  # that the DNS server knows
+    "www.example.com": ("A", IPV4),
+    "six.example.com": ("AAAA", IPV6),
+    "alias.example.com": ("CNAME", "www.example.net", IPV4),
+}
 DEADLINE = 900  # seconds until a tool that shows no header is held to be stuck: a guard, not a measure
 
 
@@ -237,6 +246,17 @@ def cgroups(tmp_path):
     show(top)
 
 
+@pytest.fixture
+def bpffs():
+    """Where maps are pinned."""
+    if not BPFFS.is_mount():
+        subprocess.run(["mount", "-t", "bpf", "none", str(BPFFS)], check=True)
+    before = set(BPFFS.iterdir())
+    yield BPFFS
+    for pinned in set(BPFFS.iterdir()) - before:
+        pinned.unlink()
+
+
 class Worker:
     """A process named comm that runs function(*args); report() waits for its end and gives what it returned."""
 
@@ -261,6 +281,53 @@ class Worker:
         _, status = os.waitpid(self.pid, 0)
         assert status == 0, "the worker failed"
         return json.loads(text)
+
+
+def answer_to(question):
+    """The DNS answer (bytes) to a question: of HOSTS, or of any name, that there is none."""
+    query = dnslib.DNSRecord.parse(question)
+    reply = query.reply()
+    name = str(query.q.qname).rstrip(".")
+    kind, *data = HOSTS.get(name, ("",))
+    if kind == "CNAME":
+        alias, address = data
+        reply.add_answer(*dnslib.RR.fromZone(f"{name}. 60 CNAME {alias}."))
+        reply.add_answer(*dnslib.RR.fromZone(f"{alias}. 60 A {address}"))
+    elif dnslib.QTYPE[query.q.qtype] == kind:
+        reply.add_answer(*dnslib.RR.fromZone(f"{name}. 60 {kind} {data[0]}"))
+    return reply.pack()
+
+
+def serve_names(servers):
+    """Answer over IPv4 and IPv6, until killed. A question for nonsense gets nonsense."""
+    while True:
+        for server in select.select(servers, [], [])[0]:
+            question, client = server.recvfrom(4096)
+            server.sendto(
+                bytes(range(7, 77)) if b"nonsense" in question else answer_to(question),
+                client,
+            )
+
+
+@pytest.fixture
+def names():
+    """A DNS server on this guest's port 53, which its resolver asks."""
+    servers = [
+        socket.socket(family, socket.SOCK_DGRAM)
+        for family in (socket.AF_INET, socket.AF_INET6)
+    ]
+    for server, address in zip(servers, ("127.0.0.1", "::1")):
+        server.bind((address, 53))
+    worker = Worker(b"names", serve_names, servers)
+    for server in servers:
+        server.close()
+    resolver = pathlib.Path("/etc/resolv.conf")
+    before = resolver.read_text() if resolver.exists() else ""
+    resolver.write_text("nameserver 127.0.0.1\noptions timeout:30\n")
+    yield
+    resolver.write_text(before)
+    os.kill(worker.pid, 9)
+    os.waitpid(worker.pid, 0)
 
 
 def row(pid, comm, ip, address, other, port):

@@ -2,8 +2,6 @@
 
 import json
 import os
-import pathlib
-import select
 import signal
 import socket
 import subprocess
@@ -17,12 +15,6 @@ from traffic import (
     connect_nonblocking,
     listener,
 )
-
-HOSTS = {
-    "www.example.com": ("A", IPV4),
-    "six.example.com": ("AAAA", IPV6),
-    "alias.example.com": ("CNAME", "www.example.net", IPV4),
-}
 
 
 @both_ways
@@ -134,53 +126,6 @@ def test_queue_of_threads_that_waited_before(start, way):
 def connect_nothing(port, count):
     for _ in range(count):
         socket.create_connection((IPV4, port)).close()
-
-
-def answer_to(question):
-    """The DNS answer (bytes) to a question: of HOSTS, or of any name, that there is none."""
-    query = dnslib.DNSRecord.parse(question)
-    reply = query.reply()
-    name = str(query.q.qname).rstrip(".")
-    kind, *data = HOSTS.get(name, ("",))
-    if kind == "CNAME":
-        alias, address = data
-        reply.add_answer(*dnslib.RR.fromZone(f"{name}. 60 CNAME {alias}."))
-        reply.add_answer(*dnslib.RR.fromZone(f"{alias}. 60 A {address}"))
-    elif dnslib.QTYPE[query.q.qtype] == kind:
-        reply.add_answer(*dnslib.RR.fromZone(f"{name}. 60 {kind} {data[0]}"))
-    return reply.pack()
-
-
-def serve_names(servers):
-    """Answer over IPv4 and IPv6, until killed. A question for nonsense gets nonsense."""
-    while True:
-        for server in select.select(servers, [], [])[0]:
-            question, client = server.recvfrom(4096)
-            server.sendto(
-                bytes(range(7, 77)) if b"nonsense" in question else answer_to(question),
-                client,
-            )
-
-
-@pytest.fixture
-def names():
-    """A DNS server on this guest's port 53, which its resolver asks."""
-    servers = [
-        socket.socket(family, socket.SOCK_DGRAM)
-        for family in (socket.AF_INET, socket.AF_INET6)
-    ]
-    for server, address in zip(servers, ("127.0.0.1", "::1")):
-        server.bind((address, 53))
-    worker = Worker(b"names", serve_names, servers)
-    for server in servers:
-        server.close()
-    resolver = pathlib.Path("/etc/resolv.conf")
-    before = resolver.read_text() if resolver.exists() else ""
-    resolver.write_text("nameserver 127.0.0.1\noptions timeout:30\n")
-    yield
-    resolver.write_text(before)
-    os.kill(worker.pid, 9)
-    os.waitpid(worker.pid, 0)
 
 
 def ask(name, kind="A", server="127.0.0.1"):

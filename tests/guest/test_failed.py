@@ -135,7 +135,7 @@ def test_a_router_says_no(expect, router, blocking):
 def firewall():
     """This guest's own: it answers at once, while connect() still has the socket."""
     rules = f"""\
-table inet reject {{
+table inet test {{
     chain output {{
         type filter hook output priority 0;
         ip daddr {REJECTED4} reject

@@ -10,19 +10,6 @@ import pytest
 from conftest import DEADLINE, TOOLS, TOP, Worker, both_ways, hide, row, show
 from test_kinds import CLONE_NEWNS, connect_to_itself
 
-BPFFS = pathlib.Path("/sys/fs/bpf")
-
-
-@pytest.fixture
-def bpffs():
-    """Where maps are pinned."""
-    if not BPFFS.is_mount():
-        subprocess.run(["mount", "-t", "bpf", "none", str(BPFFS)], check=True)
-    before = set(BPFFS.iterdir())
-    yield BPFFS
-    for pinned in set(BPFFS.iterdir()) - before:
-        pinned.unlink()
-
 
 def make_map(path, kind="hash", key=8, value=8, ids=()):
     """A pinned map as bcc's special_filtering guide makes it, with IDs in it; its path."""

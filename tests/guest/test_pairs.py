@@ -1,0 +1,226 @@
+"""Each two options together, in the command lines of pairs.py, on real traffic: each filter alone hides some of it."""
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import re
+import socket
+import struct
+
+import pytest
+from conftest import IPV4, IPV6, Worker, best_way, row
+from pairs import LINES
+from test_columns import ask, without_age
+from test_filters import make_map
+from test_kinds import CLONE_NEWNS
+from test_options import NOBODY
+
+BACKLOG = 17
+NAMES = {4: "www.example.com", 6: "six.example.com"}
+
+
+def waiting(server):
+    """How many connections wait to be accepted: tcpi_unacked, which means that for a listening socket."""
+    info = server.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
+    return struct.unpack_from("=I", info, 24)[0]
+
+
+def visit(server, ip, count):
+    """Connect `count` times at once to a socket's port, and accept these if it listens. What is known of each."""
+    family, address = {4: (socket.AF_INET, IPV4), 6: (socket.AF_INET6, IPV6)}[ip]
+    port = server.getsockname()[1]
+    listens = server.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    with contextlib.ExitStack() as stack:
+        known = []
+        for left in reversed(range(count)):
+            client = stack.enter_context(socket.socket(family))
+            client.bind((address, 0))
+            lport = client.getsockname()[1]
+            error = client.connect_ex((address, port))
+            assert error == (0 if listens else errno.ECONNREFUSED)
+            known.append(
+                {"ip": ip, "lport": lport, "rport": port, "left": left, "error": error}
+            )
+        while listens and waiting(server) < count:
+            os.sched_yield()
+        for _ in range(count if listens else 0):
+            server.accept()[0].close()
+    return known
+
+
+def visit_all(go, uid, mount_namespace, visits):
+    """Once told to go, as this user, in a mount namespace of its own or not."""
+    os.read(go, 1)
+    os.sched_setaffinity(0, {0})
+    if mount_namespace:
+        assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
+    os.setresuid(uid, uid, uid)
+    ask(NAMES[4])
+    ask(NAMES[6], "AAAA")
+    return [known for args in visits for known in visit(*args)]
+
+
+@pytest.fixture
+def trace(start, cgroups, bpffs, names):
+    """trace(name) gives the tools of all its lines, after the traffic, and what all filters but -4 and -6 let through.
+
+    That is what one process does at two ports. Each other process does the same but for one filter that it fails.
+    """
+
+    def run_lines(name):
+        servers = [socket.socket(socket.AF_INET6) for _ in range(4)]  # IPv4 too
+        for server in servers:
+            server.bind(("::", 0))
+        listening, closed, *others = servers
+        for server in (listening, others[0]):
+            server.listen(BACKLOG)
+        visits = [(server, ip, 1) for server in others for ip in (4, 6)]
+        visits += [(listening, 4, 5), (listening, 6, 3), (closed, 4, 2), (closed, 6, 7)]
+
+        cgroup, elsewhere = cgroups / "app.service", cgroups / "elsewhere"
+        below = cgroup / "below"
+        workers = []
+        for folder, uid, mount_namespace in (
+            (cgroup, NOBODY, False),  # not in -p
+            (cgroup, 0, False),  # not in -u
+            (elsewhere, NOBODY, False),  # not in --cgroup
+            (below, NOBODY, False),  # not in --cgroupmap
+            (cgroup, NOBODY, True),  # not in --mntnsmap
+            (cgroup, NOBODY, False),  # wanted
+        ):
+            folder.mkdir(exist_ok=True)
+            reader, go = os.pipe()
+            worker = Worker(b"it", visit_all, reader, uid, mount_namespace, visits)
+            (folder / "cgroup.procs").write_text(str(worker.pid))
+            workers.append((worker, go))
+
+        inodes = [folder.stat().st_ino for folder in (cgroup, elsewhere)]
+        here = os.stat("/proc/self/ns/mnt").st_ino
+        pids = [worker.pid for worker, _ in workers[1:]]
+        ports = [server.getsockname()[1] for server in (listening, closed)]
+        values = {
+            "pids": ",".join(map(str, pids)),
+            "ports": ",".join(map(str, ports)),
+            "cgroup": cgroup,
+            "cgroups": make_map(bpffs / "cgroups", ids=inodes),
+            "namespaces": make_map(bpffs / "namespaces", ids=[here]),
+        }
+        commands = [f"{name} {line.format(**values)}" for line in LINES[name]]
+        tools = start(*commands, TCPTRACE_WAY=best_way())
+        for worker, go in workers:
+            os.write(go, b".")
+            known = worker.report()  # in the end what is known of the wanted one
+        for tool in tools:
+            tool.end()
+            assert tool.complaints() == []
+        wanted = {"pid": worker.pid, "cgroup": inodes[0]}
+        return tools, [{**wanted, **one} for one in known if one["rport"] in ports]
+
+    return run_lines
+
+
+def timed(tool):
+    """The header and the rows without TIME and TIME(s), which have their form and order, and without a name's age."""
+    title, *lines = tool.out.read_text().splitlines()
+    shown = [without_age(line).split(maxsplit=2) for line in lines]
+    for column, form in enumerate((r"\d\d:\d\d:\d\d", r"\d+\.\d{3}")):
+        assert all(re.fullmatch(form, line[column]) for line in shown)
+    seconds = [float(line[1]) for line in shown]
+    assert seconds[0] == 0 and seconds == sorted(seconds)
+    assert title.startswith("TIME     TIME(s)   ")
+    return [title[len("TIME     TIME(s)   ") :], *(line[2] for line in shown)]
+
+
+def table_row(one, last):
+    """With the UID in front, and the client's port between the addresses."""
+    address = IPV4 if one["ip"] == 4 else IPV6
+    other = f"{one['lport']:<6} {address:<16}"
+    last = f"{one['rport']:<5} {last}"
+    return f"{NOBODY:<6} {row(one['pid'], 'it', one['ip'], address, other, last)}"
+
+
+def objects(tool):
+    """Without their times, which have their order, and without a name's age."""
+    found = [json.loads(line) for line in tool.rows()]
+    times = [line.pop("ts") for line in found]
+    assert times == sorted(times)
+    for line in found:
+        if "query" in line:
+            line["query"] = without_age(line["query"])
+    return found
+
+
+def json_object(one, event, **fields):
+    address = IPV4 if one["ip"] == 4 else IPV6
+    return {
+        "host": os.uname().nodename,
+        "event": event,
+        "pid": one["pid"],
+        "tid": one["pid"],
+        "uid": NOBODY,
+        "comm": "it",
+        "ip": one["ip"],
+        "saddr": address,
+        "sport": one["lport"],
+        "daddr": address,
+        "dport": one["rport"],
+        "netns": os.stat("/proc/self/ns/net").st_ino,
+        "cgroup": one["cgroup"],
+        **fields,
+    }
+
+
+def of_ip(known, ip):
+    return [one for one in known if one["ip"] == ip]
+
+
+def test_tcpconnect(trace):
+    (table4, table6, json6, json4, count4, count6), known = trace("tcpconnect")
+    failed = [one for one in known if one["error"]]
+    assert timed(table4) == [
+        "UID    PID     COMM         IP SADDR            LPORT  DADDR            DPORT ERR           QUERY",
+        *(table_row(one, f"ECONNREFUSED  {NAMES[4]}") for one in of_ip(failed, 4)),
+    ]
+    assert timed(table6) == [
+        "UID    PID     COMM         IP SADDR            LPORT  DADDR            DPORT QUERY",
+        *(table_row(one, NAMES[6]) for one in of_ip(known, 6)),
+    ]
+    assert objects(json6) == [
+        json_object(one, "connect_failed", error="ECONNREFUSED", query=NAMES[6])
+        for one in of_ip(failed, 6)
+    ]
+    assert objects(json4) == [
+        json_object(one, "connect", query=NAMES[4]) for one in of_ip(known, 4)
+    ]
+    listening, closed = (known[n]["rport"] for n in (0, -1))
+    assert count4.rows() == [
+        f"{IPV4:<16} {IPV4:<16} {listening:<5} 5",
+        f"{IPV4:<16} {IPV4:<16} {closed:<5} 2",
+    ]
+    assert count6.rows() == [
+        f"{IPV6:<16} {IPV6:<16} {closed:<5} 7",
+        f"{IPV6:<16} {IPV6:<16} {listening:<5} 3",
+    ]
+
+
+def test_tcpaccept(trace):
+    (table4, table6, json6, json4, count4, count6), known = trace("tcpaccept")
+    accepted = [one for one in known if not one["error"]]
+    for tool, ip in ((table4, 4), (table6, 6)):
+        assert timed(tool) == [
+            "UID    PID     COMM         IP RADDR            RPORT  LADDR            LPORT QLEN  QMAX",
+            *(
+                table_row(one, f"{one['left']:<5} {BACKLOG}")
+                for one in of_ip(accepted, ip)
+            ),
+        ]
+    for tool, ip in ((json4, 4), (json6, 6)):
+        assert objects(tool) == [
+            json_object(one, "accept", qlen=one["left"], qmax=BACKLOG)
+            for one in of_ip(accepted, ip)
+        ]
+    port = accepted[0]["rport"]
+    assert count4.rows() == [f"{IPV4:<16} {port:<5} 5"]
+    assert count6.rows() == [f"{IPV6:<16} {port:<5} 3"]
