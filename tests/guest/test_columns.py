@@ -14,6 +14,7 @@ from traffic import (
     accept_in_threads,
     connect_nonblocking,
     listener,
+    waiting,
 )
 
 
@@ -84,19 +85,21 @@ def test_queue(start, way, family, address, ip):
     """What waits still at that accept, and how many may: of a queue of 4, filled by 5, and of one that is not full."""
     table, lines = start("tcpaccept -q", "tcpaccept -q --json", TCPTRACE_WAY=way)
     rows, queues = [], []
-    for backlog, waiting in ((4, 5), (17, 3)):
+    for backlog, count in ((4, 5), (17, 3)):
         server = listener(family, address, backlog)
         port = server.getsockname()[1]
         reader, writer = os.pipe()
-        worker = Worker(b"server", accept_later, server, reader, waiting)
+        worker = Worker(b"server", accept_later, server, reader, count)
         clients = [
-            socket.create_connection(server.getsockname()[:2]) for _ in range(waiting)
+            socket.create_connection(server.getsockname()[:2]) for _ in range(count)
         ]
+        while waiting(server) < count:
+            os.sched_yield()
         os.write(writer, b".")
         worker.report()
         for client in (*clients, server):
             client.close()
-        for left in reversed(range(waiting)):
+        for left in reversed(range(count)):
             queue = f"{port:<5} {left:<5} {backlog}"
             rows.append(row(worker.pid, "server", ip, address, address, queue))
             queues.append((left, backlog))

@@ -31,6 +31,7 @@ BEHIND_ROUTER = "198.51.100.7"  # a router answers that it cannot be reached
 REJECTED4, REJECTED6 = "192.0.2.66", "2001:db8::66"
 NO_ROUTE4, NO_ROUTE6 = "203.0.113.1", "2001:db8:ffff::1"
 TCP_SYNCNT = 7
+IPV6_RECVERR = 25
 LINGER_0 = b"\1\0\0\0\0\0\0\0"
 TCP_CLOSE = 7  # a state
 
@@ -147,10 +148,11 @@ table inet test {{
 
 def told_while_it_goes_on(address):
     """Connect until one is told of its error while the kernel goes on trying; how many connects that took."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     for count in range(1, 30):
-        with socket.socket(
-            socket.AF_INET6 if ":" in address else socket.AF_INET
-        ) as client:
+        with socket.socket(family) as client:
+            if family == socket.AF_INET6:  # IPv4 tells unasked
+                client.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)
             client.setblocking(False)
             assert client.connect_ex((address, 443)) == errno.EINPROGRESS
             poller = select.poll()

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import socket
-import struct
 
 import pytest
 from conftest import IPV4, IPV6, Worker, best_way, row
@@ -16,15 +15,10 @@ from test_columns import ask, without_age
 from test_filters import make_map
 from test_kinds import CLONE_NEWNS
 from test_options import NOBODY
+from traffic import waiting
 
 BACKLOG = 17
 NAMES = {4: "www.example.com", 6: "six.example.com"}
-
-
-def waiting(server):
-    """How many connections wait to be accepted: tcpi_unacked, which means that for a listening socket."""
-    info = server.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
-    return struct.unpack_from("=I", info, 24)[0]
 
 
 def visit(server, ip, count):

@@ -7,6 +7,7 @@ import random
 import re
 import select
 import socket
+import struct
 import threading
 
 from conftest import IPV4, IPV6, Worker, row
@@ -31,6 +32,12 @@ def listeners():
         listener(socket.AF_INET6, "::"),
     ]
     return servers, [server.getsockname()[1] for server in servers]
+
+
+def waiting(server):
+    """How many connections wait to be accepted: tcpi_unacked, which means that for a listening socket."""
+    info = server.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
+    return struct.unpack_from("=I", info, 24)[0]
 
 
 def connect_and_reset(address):
