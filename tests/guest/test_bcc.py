@@ -1,0 +1,258 @@
+"""Ours beside bcc's own tools, on the same traffic, by every option that both have.
+
+bcc's need the kernel's headers, and minutes to start in an emulated machine. So few of them run, each with several
+options, where they are installed: on bookworm, and on all releases by tests/run --bcc.
+"""
+
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import (
+    DEADLINE,
+    IPV4,
+    IPV6,
+    TOOLS,
+    TOP,
+    Worker,
+    best_way,
+    headers,
+    hide,
+    show,
+)
+from test_columns import ask_and_connect, without_age
+from test_filters import make_map
+from test_kinds import CLONE_NEWNS
+from test_options import NOBODY, Traffic
+from traffic import listener, serve
+
+THEIRS = {name: shutil.which(f"{name}-bpfcc") for name in TOOLS}
+KERNEL = ".".join(os.uname().release.split(".")[:2])
+
+pytestmark = pytest.mark.skipif(
+    None in THEIRS.values(), reason="bcc's own tools are not installed in this guest"
+)
+
+# Each line runs both tools, theirs as it is, ours with what it needs to have the same columns.
+LINES = {
+    "tcpconnect": {
+        "-t -U -L -4 -P {ports} --cgroupmap {cgroups}": "",
+        "-6 -u {uid} --mntnsmap {namespaces} -d": "",
+        "-c -p {tcpconnect}": "",
+    },
+    "tcpaccept": {
+        "-T -t -4 -P {ports} -p {tcpaccept}": "-R",
+        "-6 --cgroupmap {cgroups} --mntnsmap {namespaces}": "-R",
+    },
+}
+
+# Where they differ, apart from widths, and from the order of rows and of columns. The test finds each of them.
+DIFFERENCES = {
+    "banner": "Their tcpconnect prints a line in front of the header. Ours does not: scripts read the table.",
+    "RPORT": "Their tcpaccept always has this column. Ours has it with -R: the seed's table is without.",
+    "mapped": "IPv4 through an IPv6 socket is IP 6 and ::ffff:192.0.2.10 in theirs, so -4 hides it and -6 shows it. "
+    "Ours is what is on the wire.",
+    "count": "Their -c calls the columns LADDR, RADDR and RPORT. Ours have the names of the other table.",
+    "query": "Theirs says 'No DNS Query' where ours has -, which is one word.",
+}
+
+
+PORT_AND_LOCAL = {"tcpconnect": ("DPORT", "SADDR"), "tcpaccept": ("LPORT", "LADDR")}
+RENAMED = {"LADDR": "SADDR", "RADDR": "DADDR", "RPORT": "DPORT"}  # with -c
+
+
+def options_of(command):
+    """The options in its help, by their short names, or the long ones of those that have no other."""
+    done = subprocess.run([command, "-h"], capture_output=True, text=True, check=True)
+    return set(re.findall(r"^  (-\w|--\w+)\b", done.stdout, re.MULTILINE)) - {"-h"}
+
+
+def common_options(name):
+    return options_of(TOP / name) & options_of(THEIRS[name])
+
+
+def words_of(line):
+    """{option: itself with its value} of a command line."""
+    words = re.findall(r"-\S+(?: \{\w+\})?", line)
+    return {word.split()[0]: word for word in words}
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_no_common_option_is_missing(name):
+    tried = {option for line in LINES[name] for option in words_of(line)}
+    assert common_options(name) <= tried
+
+
+@pytest.fixture
+def start_theirs(tmp_path):
+    """start_theirs([(name, command line)]) gives (process, file of its output) of each, which all trace."""
+    running = []
+
+    def start(commands):
+        for name, line in commands:
+            out = tmp_path / f"theirs{len(running)}"
+            command = [sys.executable, "-u", THEIRS[name], *line.split()]
+            with out.open("wb") as file:
+                running.append((subprocess.Popen(command, stdout=file), out))
+        for process, out in running:
+            wait_until(out.read_bytes, process)
+        return running
+
+    if headers():
+        show(headers())
+    yield start
+    for process, _ in running:
+        process.kill()
+        process.wait()
+    if headers():
+        hide(headers())
+
+
+def wait_until(is_so, process, seconds=DEADLINE):
+    """A guard, not a measure."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert process.poll() is None, "bcc's tool has ended"
+        assert time.monotonic() < deadline, "bcc's tool does not get there"
+        time.sleep(0.1)
+
+
+def table(text):
+    """The rows as {title: text}. The last column may be of several words."""
+    lines = text.splitlines()
+    begin = next(n for n, line in enumerate(lines) if "ADDR " in line)
+    titles = lines[begin].split()
+    rows = [
+        line.rstrip().split(maxsplit=len(titles) - 1) for line in lines[begin + 1 :]
+    ]
+    return [dict(zip(titles, row)) for row in rows if row]
+
+
+def evened(row):
+    """A row of either without its times, which have their form; theirs with the words that ours has."""
+    shown = {
+        RENAMED.get(title, title) if "CONNECTS" in row else title: value
+        for title, value in row.items()
+    }
+    assert re.fullmatch(r"(\d\d:\d\d:\d\d)?", shown.pop("TIME", ""))
+    assert re.fullmatch(r"(\d+\.\d{3})?", shown.pop("TIME(s)", ""))
+    query = shown.get("QUERY", "").replace("No DNS Query", "-")
+    return {**shown, **({"QUERY": without_age(query)} if query else {})}
+
+
+def in_order(rows):
+    return sorted(tuple(sorted(row.items())) for row in rows)
+
+
+def total(rows):
+    return sum(int(row.get("CONNECTS", 1)) for row in rows)
+
+
+def visit(go, port):
+    """Once told to go, look up a name and connect to its address, as nobody. This process is neither in -p nor in a map."""
+    os.read(go, 1)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    ask_and_connect([["six.example.com", "AAAA"]], IPV6, port)
+
+
+def elsewhere(function, *args):
+    """function(*args) in another mount namespace."""
+    assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
+    return function(*args)
+
+
+def expected(options):
+    """How many rows, or connects, (of both, of theirs that are IPv4-mapped, of ours that are) a line's options let through.
+
+    Nobody's client makes 2 over IPv4, 5 over IPv6 and 3 IPv4-mapped to the server; with -u, a visitor one over IPv6.
+    """
+    both = 0 if "-6" in options else 2
+    both += 0 if {"-4", "-P"} & options else 5
+    both += 1 if "-u" in options and "-4" not in options else 0
+    return both, 0 if "-4" in options else 3, 0 if "-6" in options else 3
+
+
+def stop(process, out, count):
+    """What bcc's tool prints, after it has printed so many rows; fewer, if it does not get there."""
+
+    def has_them():
+        return count == 0 or total(table(out.read_text())) >= count
+
+    with contextlib.suppress(AssertionError):
+        wait_until(has_them, process, seconds=60)
+    process.send_signal(signal.SIGINT)
+    process.wait(DEADLINE)
+    return out.read_text()
+
+
+def compare(name, options, ours, theirs, mapped_port):
+    """By their rows, and by each of DIFFERENCES where it should be."""
+    why, count = DIFFERENCES, "-c" in options
+    begins = theirs.startswith("Tracing connect ... Hit Ctrl-C to end\n")
+    assert begins == (name == "tcpconnect"), why["banner"]
+    assert (" RPORT " in theirs) == (name == "tcpaccept" or count), why["RPORT"]
+    assert ("LADDR " in theirs) == (name == "tcpaccept" or count), why["count"]
+    assert (" No DNS Query" in theirs) == ("-d" in options), why["query"]
+    port, local = PORT_AND_LOCAL[name]
+    mapped, plain = [], []
+    for text in (theirs, ours):
+        rows = [evened(row) for row in table(text)]
+        mapped.append([row for row in rows if row[port] == mapped_port])
+        plain.append([row for row in rows if row[port] != mapped_port])
+    assert in_order(plain[0]) == in_order(plain[1])
+    assert (total(plain[0]), *map(total, mapped)) == expected(options), why["mapped"]
+    for row in () if count else mapped[0]:
+        assert (row["IP"], row[local]) == ("6", f"::ffff:{IPV4}"), why["mapped"]
+    for row in () if count else mapped[1]:
+        assert (row["IP"], row[local]) == ("4", IPV4), why["mapped"]
+
+
+def test_side_by_side(start, start_theirs, cgroups, bpffs, names):
+    traffic = Traffic()
+    (_, _, root_ports), (client, server, ports) = traffic.workers.values()
+    guests = listener(socket.AF_INET6, IPV6)
+    host = Worker(b"server", elsewhere, serve, [guests], 2)
+    cgroup = cgroups / "app.service"
+    cgroup.mkdir()
+    for worker in (client, server, host):
+        (cgroup / "cgroup.procs").write_text(str(worker.pid))
+    inode, mntns = cgroup.stat().st_ino, os.stat("/proc/self/ns/mnt").st_ino
+    values = {
+        "ports": f"{ports[0]},{ports[2]},{root_ports[2]}",
+        "cgroups": make_map(bpffs / "cgroups", ids=[inode]),
+        "namespaces": make_map(bpffs / "namespaces", value=4, ids=[mntns]),
+        "uid": NOBODY,
+        "tcpconnect": client.pid,
+        "tcpaccept": server.pid,
+    }
+    commands = []
+    for name, lines in LINES.items():
+        for line, more in lines.items():
+            common = common_options(name)
+            words = {o: word for o, word in words_of(line).items() if o in common}
+            commands.append((name, set(words), " ".join(words.values()), more))
+    theirs = start_theirs([(n, line.format(**values)) for n, _, line, _ in commands])
+    ours = start(
+        *(f"{n} {line.format(**values)} {more}" for n, _, line, more in commands),
+        TCPTRACE_WAY=best_way(),
+    )
+    traffic.go()
+    for wrapper in ([], [elsewhere]):
+        reader, go = os.pipe()
+        guest = Worker(b"client", *wrapper, visit, reader, guests.getsockname()[1])
+        os.write(go, b".")
+        guest.report()
+    host.report()
+    for (name, options, *_), (process, out), tool in zip(commands, theirs, ours):
+        tool.end()
+        assert tool.complaints() == []
+        text = stop(process, out, 0 if "-c" in options else sum(expected(options)[:2]))
+        compare(name, options, tool.out.read_text(), text, str(ports[2]))
