@@ -1,7 +1,7 @@
 """pytest plugin: report what pytest found in the guests, as if it had run here.
 
 --guest-results DIR names a folder with a folder RELEASE for each guest, which holds `status` (the exit status of
-tests/vm) and `report.xml` (pytest's JUnit report). Each test case in a report becomes a test here, with the guest's
+tests/vm), `report.xml` (pytest's JUnit report) and `log` (what it printed). Each test case in a report becomes a test here, with the guest's
 own outcome, and `finished` is one more: it fails for a guest that did not come to its end with tests and a good status.
 """
 
@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 EX_TEMPFAIL = 75  # from tests/vm: the release's packages cannot be had
+LAST_LINES = 30  # of the log of a guest that did not come to its end
 FEWEST_RELEASES = 3  # when packages cannot be had, so many must remain
 
 
@@ -69,10 +70,12 @@ class Finished(pytest.Item):
             for case in self.cases.values()
         )
         if not self.cases or status != (1 if failed else 0):
-            pytest.fail(
-                f"the guest ended with status {status} and reported {len(self.cases)} tests",
-                pytrace=False,
-            )
+            log = (self.parent.path / "log").read_text(errors="replace").splitlines()
+            last = [
+                f"the guest ended with status {status} and reported {len(self.cases)} tests. It said at last:",
+                *log[-LAST_LINES:],
+            ]
+            pytest.fail("\n".join(last), pytrace=False)
 
     def reportinfo(self):
         return self.parent.name, None, self.name

@@ -21,6 +21,7 @@ def report(tmp_path):
             folder = tmp_path / "results" / release
             folder.mkdir(parents=True)
             (folder / "status").write_text(f"{status}\n")
+            (folder / "log").write_text("Oops\nKernel panic\n")
             if cases is not None:
                 (folder / "report.xml").write_text(
                     f"<testsuites><testsuite>{cases}</testsuite></testsuites>"
@@ -66,6 +67,7 @@ def test_failure(report):
 def test_guest_that_did_not_finish(report, guest):
     status, said = report({"bookworm": guest})
     assert status == 1 and "the guest ended with status" in said
+    assert "Oops\nKernel panic\n" in said
 
 
 def test_packages_that_cannot_be_had(report):
