@@ -5,7 +5,6 @@ import errno
 import os
 import pathlib
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,11 +23,8 @@ from conftest import (
     best_way,
     both_ways,
     failures,
-    headers,
-    hide,
     probed_functions,
     row,
-    show,
 )
 from traffic import (
     connect_nonblocking,
@@ -304,43 +300,6 @@ def test_side_by_side(start):
     connects, accepts = run_mixed_traffic()
     assert [tool.stop() for tool in fexit] == [connects, accepts]
     assert [tool.stop() for tool in kprobe] == [connects, accepts]
-
-
-def test_beside_bccs_own(start, tmp_path):
-    """Theirs need the kernel's headers, so one release has them; it is slow. Both see everything."""
-    theirs = [shutil.which(f"{name}-bpfcc") for name in TOOLS]
-    if not headers() or None in theirs:
-        pytest.skip("bcc's own tools are not installed in this guest")
-    outs = [tmp_path / name for name in TOOLS]
-    show(headers())
-    try:
-        processes = []
-        for path, out in zip(theirs, outs):
-            with out.open("wb") as file:
-                processes.append(
-                    subprocess.Popen(
-                        [path],
-                        stdout=file,
-                        stderr=subprocess.DEVNULL,
-                        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-                    )
-                )
-        ours = start(*TOOLS, TCPTRACE_WAY="kprobe")
-        deadline = time.monotonic() + DEADLINE
-        while not all("PID" in out.read_text() for out in outs):
-            assert time.monotonic() < deadline, "bcc's tools do not start"
-            time.sleep(0.1)
-        connects, accepts = run_mixed_traffic()
-        assert [tool.stop() for tool in ours] == [connects, accepts]
-        for out in outs:
-            while out.read_text().count("\n") < 50:
-                assert time.monotonic() < deadline, "bcc's tools miss rows"
-                time.sleep(0.1)
-    finally:
-        hide(headers())
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def loaded(kind):
