@@ -34,7 +34,14 @@ both_ways = pytest.mark.parametrize("way", ["fexit", "kprobe"])
 
 
 def pytest_sessionstart(session):
-    """Addresses from the documentation ranges; kernel headers hidden, where there are any."""
+    """Kernel headers are hidden, where there are any."""
+    add_addresses()
+    if headers():
+        hide(headers())
+
+
+def add_addresses():
+    """Addresses from the documentation ranges."""
     for command in (
         "link add docs0 type dummy",
         f"address add {IPV4}/24 dev docs0",
@@ -44,8 +51,6 @@ def pytest_sessionstart(session):
         f"neighbour replace {NOBODY6} lladdr 02:00:00:00:00:01 dev docs0",
     ):
         subprocess.run(["ip", *command.split()], check=True)
-    if headers():
-        hide(headers())
 
 
 def headers():
