@@ -1,8 +1,9 @@
 """pytest plugin: report what pytest found in the guests, as if it had run here.
 
 --guest-results DIR names a folder with a folder RELEASE for each guest, which holds `status` (the exit status of
-tests/vm), `report.xml` (pytest's JUnit report) and `log` (what it printed). Each test case in a report becomes a test here, with the guest's
-own outcome, and `finished` is one more: it fails for a guest that did not come to its end with tests and a good status.
+tests/vm), `report.xml` (pytest's JUnit report) and `log` (what it printed). Each test case in a report becomes a test
+here, with the guest's own outcome, and `finished` is one more: it fails for a guest that did not come to its end with
+tests and a good status.
 """
 
 import pathlib

@@ -3,7 +3,7 @@
 USAGE: bench.py FILE PART...
 
 PART is one of PARTS below. FILE gets a JSON line for each figure:
-{"part": ..., "tool": ..., "figure": ..., "values": [one for each repeat]}.
+{"tool": ..., "figure": ..., "values": [one for each repeat]}.
 """
 
 import contextlib
@@ -46,11 +46,11 @@ SYN = "tcp[tcpflags] & tcp-syn != 0 or ip6[6] == 6 and ip6[53] & 2 != 0"
 FEXIT, KPROBE = "env TCPTRACE_WAY=fexit", "env TCPTRACE_WAY=kprobe"
 NO_TOOL = "no tool"
 
-CONNECT = {
+OURS = {
     "tcpconnect, fexit": f"{FEXIT} {TOP}/tcpconnect",
     "tcpconnect, kprobe": f"{KPROBE} {TOP}/tcpconnect",
-    "bcc's tcpconnect": "tcpconnect-bpfcc",
 }
+CONNECT = {**OURS, "bcc's tcpconnect": "tcpconnect-bpfcc"}
 CONNECT_OPTIONS = {
     "tcpconnect -p, fexit": f"{FEXIT} {TOP}/tcpconnect -p 1",
     "tcpconnect -p, kprobe": f"{KPROBE} {TOP}/tcpconnect -p 1",
@@ -111,6 +111,13 @@ def running(command):
         process.wait()
 
 
+def started(tools):
+    """(tool, its process) of each while it runs, the first of them none, for what the work costs by itself."""
+    for tool, command in {NO_TOOL: None, **tools}.items():
+        with running(command) as process:
+            yield tool, process
+
+
 def alone(function, *args):
     """What function(*args) returns, and its instructions, while no other process gets the CPU."""
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
@@ -151,8 +158,7 @@ def accepts(family, count=BURST):
 
 
 def loopback_packets():
-    statistics = pathlib.Path("/sys/class/net/lo/statistics/rx_packets")
-    return int(statistics.read_text())
+    return int(pathlib.Path("/sys/class/net/lo/statistics/rx_packets").read_text())
 
 
 def packets():
@@ -193,15 +199,21 @@ def idle(process):
     ) / IDLE
 
 
+def watched(process, resting, work, *args):
+    """What work(*args) returns, and the instructions that the tool spent on it beside its resting ones a second."""
+    before, begin = spent(process), time.monotonic()
+    result = work(*args)
+    time.sleep(REST)
+    seconds = time.monotonic() - begin
+    return result, spent(process) - before - resting * seconds
+
+
 def user_side(process, work, batch):
     """Instructions that the tool spends for an event itself, for each of several batches, beside what it spends anyway."""
     values, (resting, _) = [], idle(process)
     for _ in range(1 + BATCHES[batch]):
-        before, begin = spent(process), time.monotonic()
-        work("IPv4", batch)
-        time.sleep(REST)
-        seconds = time.monotonic() - begin
-        values.append((spent(process) - before - resting * seconds) / batch)
+        _, own = watched(process, resting, work, "IPv4", batch)
+        values.append(own / batch)
     return values[1:]
 
 
@@ -238,19 +250,17 @@ def report(tool, figure, values):
 
 def watch(tools, work, further=True):
     """What one event costs the kernel, with each tool; further: and all else that one start can tell."""
-    for tool, command in {NO_TOOL: None, **tools}.items():
-        with running(command) as process:
-            for family in FAMILIES:
-                figure = f"{work.__name__}, {family}"
-                report(tool, figure, repeated(work, family))
-            if not further:
-                continue
-            report(tool, "packets", repeated(packets))
-            if process:
-                report(tool, "wake-ups", [idle(process)[1]])
-                for batch in BATCHES:
-                    values = user_side(process, work, batch)
-                    report(tool, f"user side, {batch} at once", values)
+    for tool, process in started(tools):
+        for family in FAMILIES:
+            report(tool, f"{work.__name__}, {family}", repeated(work, family))
+        if not further:
+            continue
+        report(tool, "packets", repeated(packets))
+        if process:
+            report(tool, "wake-ups", [idle(process)[1]])
+            for batch in BATCHES:
+                values = user_side(process, work, batch)
+                report(tool, f"user side, {batch} at once", values)
 
 
 def watch_starts(tools):
@@ -265,25 +275,20 @@ def watch_starts(tools):
 
 
 def watch_growth(tools):
-    """What one connect costs at each rate, in the kernel and in the tool, and with -c among so many flows."""
-    for tool, command in {NO_TOOL: None, **tools}.items():
-        with running(command) as process:
-            for rate in RATES:
-                kernel, user = [], []
-                for _ in range(1 + STARTS):
-                    resting = idle(process)[0] if process else 0
-                    before, begin = spent(process) if process else 0, time.monotonic()
-                    took, count = paced(rate)
-                    time.sleep(REST)
-                    kernel.append(took)
-                    if process:
-                        seconds = time.monotonic() - begin
-                        user.append(
-                            (spent(process) - before - resting * seconds) / count
-                        )
+    """What one connect costs at each rate, in the kernel and in the tool."""
+    for tool, process in started(tools):
+        for rate in RATES:
+            if not process:
+                kernel = [paced(rate)[0] for _ in range(1 + STARTS)]
                 report(tool, f"{rate} a second", kernel[1:])
-                if process:
-                    report(tool, f"user side, {rate} a second", user[1:])
+                continue
+            resting, kernel, user = idle(process)[0], [], []
+            for _ in range(1 + STARTS):
+                (took, count), own = watched(process, resting, paced, rate)
+                kernel.append(took)
+                user.append(own / count)
+            report(tool, f"{rate} a second", kernel[1:])
+            report(tool, f"user side, {rate} a second", user[1:])
 
 
 def watch_flows(tools):
@@ -291,30 +296,22 @@ def watch_flows(tools):
     resource.setrlimit(resource.RLIMIT_NOFILE, (2 * max(FLOWS), 2 * max(FLOWS)))
     for flows in FLOWS:
         ports = range(1, flows + 1)
-        for tool, command in {NO_TOOL: None, **tools}.items():
-            with running(command):
-                connects("IPv4", flows, ports)
-                some = random.Random(flows).choices(ports, k=BURST)
-                values = repeated(connects, "IPv4", BURST, some)
-                report(tool, f"{flows} flows", values)
+        some = random.Random(flows).choices(ports, k=BURST)
+        for tool, _ in started(tools):
+            connects("IPv4", flows, ports)
+            report(tool, f"{flows} flows", repeated(connects, "IPv4", BURST, some))
 
 
 def watch_cpus(tools):
     """What one connect costs where the connects are spread over all CPUs."""
-    for tool, command in {NO_TOOL: None, **tools}.items():
-        with running(command) as process:
-            figure = f"{os.cpu_count()} CPUs"
-            report(tool, figure, repeated(on_each_cpu, "IPv4", 4 * BURST))
-            if process:
-                values = user_side(process, on_each_cpu, 1000)
-                report(tool, f"user side, {figure}", values)
+    figure = f"{os.cpu_count()} CPUs"
+    for tool, process in started(tools):
+        report(tool, figure, repeated(on_each_cpu, "IPv4", 4 * BURST))
+        if process:
+            values = user_side(process, on_each_cpu, 1000)
+            report(tool, f"user side, {figure}", values)
 
 
-def chosen(tools, *names):
-    return {name: tools[name] for name in names}
-
-
-OURS = chosen(CONNECT, "tcpconnect, fexit", "tcpconnect, kprobe")
 PARTS = {
     "quick": lambda: watch(CONNECT, connects, further=False),
     "connect": lambda: watch({**CONNECT, **CONNECT_OTHERS}, connects),
@@ -322,7 +319,9 @@ PARTS = {
     "accept": lambda: watch({**ACCEPT, **ACCEPT_OTHERS}, accepts),
     "start": lambda: watch_starts({**CONNECT, **ACCEPT, **CONNECT_OTHERS}),
     "growth": lambda: watch_growth(OURS),
-    "flows": lambda: watch_flows(chosen(CONNECT_OPTIONS, "tcpconnect -c, fexit")),
+    "flows": lambda: watch_flows(
+        {"tcpconnect -c, fexit": f"{FEXIT} {TOP}/tcpconnect -c"}
+    ),
     "cpus": lambda: watch_cpus(OURS),
 }
 

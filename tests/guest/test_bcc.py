@@ -242,9 +242,8 @@ def compare(name, options, ours, theirs, mapped_port):
         assert {row.pop("QUERY") for row in plain[0]} == {"-"}
         assert {row.pop("QUERY") for row in plain[1]} == {"-", "six.example.com"}
     assert in_order(plain[0]) == in_order(plain[1])
-    assert (total(plain[0]), *map(total, mapped)) == expected(name, options), why[
-        "mapped"
-    ]
+    counts = (total(plain[0]), *map(total, mapped))
+    assert counts == expected(name, options), why["mapped"]
     theirs_ip = "6" if name == "tcpaccept" or "-6" in options else "4"
     for rows, ip in zip(mapped, (theirs_ip, "4")):
         form = {"4": IPV4, "6": f"::ffff:{IPV4}"}[ip]
