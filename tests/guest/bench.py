@@ -217,17 +217,6 @@ def user_side(process, work, batch):
     return values[1:]
 
 
-def on_each_cpu(family, count):
-    """As connects(), the connects spread over all CPUs, one after another."""
-    cpus = os.sched_getaffinity(0)
-    took = []
-    for cpu in cpus:
-        os.sched_setaffinity(0, {cpu})
-        took.append(connects(family, max(1, count // len(cpus))))
-    os.sched_setaffinity(0, cpus)
-    return sum(took) / len(took)
-
-
 def paced(rate):
     """(instructions that this process spends for a connect, connects) of so many a second, or as near as it gets."""
     kind, address, _ = FAMILIES["IPv4"]
@@ -302,16 +291,6 @@ def watch_flows(tools):
             report(tool, f"{flows} flows", repeated(connects, "IPv4", BURST, some))
 
 
-def watch_cpus(tools):
-    """What one connect costs where the connects are spread over all CPUs."""
-    figure = f"{os.cpu_count()} CPUs"
-    for tool, process in started(tools):
-        report(tool, figure, repeated(on_each_cpu, "IPv4", 4 * BURST))
-        if process:
-            values = user_side(process, on_each_cpu, 1000)
-            report(tool, f"user side, {figure}", values)
-
-
 PARTS = {
     "quick": lambda: watch(CONNECT, connects, further=False),
     "connect": lambda: watch({**CONNECT, **CONNECT_OTHERS}, connects),
@@ -322,7 +301,6 @@ PARTS = {
     "flows": lambda: watch_flows(
         {"tcpconnect -c, fexit": f"{FEXIT} {TOP}/tcpconnect -c"}
     ),
-    "cpus": lambda: watch_cpus(OURS),
 }
 
 
