@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pathlib
+import pty
 import random
 import resource
 import shlex
@@ -26,7 +27,7 @@ from traffic import listener
 
 REPEATS = 7
 BURST = 200  # connects or accepts in a row, during which no other process gets the CPU
-REST = 0.6  # seconds after a burst, in which each tool shows what it saw
+REST = 1.2  # seconds after a burst, in which each tool shows what it saw; tcpdump's buffers wait for up to 1
 IDLE = 10  # seconds for which a tool is watched while nothing happens
 BATCHES = {1: 20, 20: 10, 1000: 5}  # events at once: how many times
 STARTS = 5
@@ -61,6 +62,7 @@ CONNECT_OPTIONS = {
 }
 CONNECT_OTHERS = {
     "libbpf-tools' tcpconnect": "/usr/sbin/tcpconnect",
+    "bpftrace's tcpconnect.bt": "/usr/sbin/tcpconnect.bt",
     "tcpdump": f"tcpdump -n -i any '{SYN}'",
 }
 ACCEPT = {
@@ -68,7 +70,11 @@ ACCEPT = {
     "tcpaccept, kprobe": f"{KPROBE} {TOP}/tcpaccept",
     "bcc's tcpaccept": "tcpaccept-bpfcc",
 }
-ACCEPT_OTHERS = {"tcpdump": CONNECT_OTHERS["tcpdump"]}
+ACCEPT_OTHERS = {
+    "bpftrace's tcpaccept.bt": "/usr/sbin/tcpaccept.bt",
+    "tcpdump": CONNECT_OTHERS["tcpdump"],
+}
+ALL = {**CONNECT, **CONNECT_OTHERS, **ACCEPT, **ACCEPT_OTHERS}
 
 
 def proc(process, name):
@@ -252,15 +258,33 @@ def watch(tools, work, further=True):
                 report(tool, f"user side, {batch} at once", values)
 
 
+def start(command):
+    """(instructions from exec to the header, peak memory in MB) of a tool whose output is a terminal."""
+    terminal, output = pty.openpty()
+    begin = time.monotonic_ns()
+    process = subprocess.Popen(shlex.split(command), stdout=output, stderr=output)
+    os.close(output)
+    with open(terminal, errors="replace") as lines:
+        said = ""
+        for line in lines:
+            said += line
+            if "PID" in line:
+                break
+        else:
+            sys.exit(f"{command}: {said}")
+        took = time.monotonic_ns() - begin
+        memory = status(process, "VmHWM") / 1024
+        process.send_signal(signal.SIGINT)
+        process.wait()
+    return took, memory
+
+
 def watch_starts(tools):
-    """Instructions until a tool traces, and its peak memory (MB), after one start that fills the page cache."""
+    """How long a tool takes to start, and its peak memory, after one start that fills the page cache."""
     for tool, command in tools.items():
-        figures = []
-        for _ in range(1 + STARTS):
-            with running(command) as process:
-                figures.append((spent(process), status(process, "VmHWM") / 1024))
-        report(tool, "start", [instructions for instructions, _ in figures[1:]])
-        report(tool, "memory", [memory for _, memory in figures[1:]])
+        figures = [start(command) for _ in range(1 + STARTS)][1:]
+        report(tool, "start", [instructions for instructions, _ in figures])
+        report(tool, "memory", [memory for _, memory in figures])
 
 
 def watch_growth(tools):
@@ -282,7 +306,6 @@ def watch_growth(tools):
 
 def watch_flows(tools):
     """What one connect costs with -c, among so many flows."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * max(FLOWS), 2 * max(FLOWS)))
     for flows in FLOWS:
         ports = range(1, flows + 1)
         some = random.Random(flows).choices(ports, k=BURST)
@@ -296,7 +319,9 @@ PARTS = {
     "connect": lambda: watch({**CONNECT, **CONNECT_OTHERS}, connects),
     "options": lambda: watch(CONNECT_OPTIONS, connects, further=False),
     "accept": lambda: watch({**ACCEPT, **ACCEPT_OTHERS}, accepts),
-    "start": lambda: watch_starts({**CONNECT, **ACCEPT, **CONNECT_OTHERS}),
+    "start": lambda: watch_starts(
+        {tool: command for tool, command in ALL.items() if tool != "tcpdump"}
+    ),
     "growth": lambda: watch_growth(OURS),
     "flows": lambda: watch_flows(
         {"tcpconnect -c, fexit": f"{FEXIT} {TOP}/tcpconnect -c"}
@@ -306,6 +331,7 @@ PARTS = {
 
 if __name__ == "__main__":
     add_addresses()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * max(FLOWS), 2 * max(FLOWS)))
     subprocess.run(
         ["ip", "link", "set", "lo", "mtu", "1500", "gso_max_segs", "1"], check=True
     )
