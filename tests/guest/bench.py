@@ -3,7 +3,7 @@
 USAGE: bench.py FILE PART...
 
 PART is one of PARTS below. FILE gets a JSON line for each figure:
-{"tool": ..., "figure": ..., "values": [one for each repeat]}.
+{"tool": ..., "figure": ..., "values": [one for each repeat]}, and one for the versions: {"versions": "Linux ..., ..."}.
 """
 
 import contextlib
@@ -26,12 +26,13 @@ from conftest import NOBODY4, NOBODY6, TOP, add_addresses
 from traffic import listener
 
 REPEATS = 7
-BURST = 200  # connects or accepts in a row, during which no other process gets the CPU
-REST = 1.2  # seconds after a burst, in which each tool shows what it saw; tcpdump's buffers wait for up to 1
+BURST = 200  # in a row, during which no other process gets the CPU
+REST = 0.6  # seconds after a burst, in which each tool shows what it saw
+LONG_REST = 1.2  # where that is watched: tcpdump's buffers wait for up to 1
 IDLE = 10  # seconds for which a tool is watched while nothing happens
 BATCHES = {1: 20, 20: 10, 1000: 5}  # events at once: how many times
 STARTS = 5
-MEGABYTES = 16
+MEGABYTES = 4
 RATES = (10, 100, 1000, 10000, 100000)  # connects a second
 FLOWS = (1, 10, 100, 1000, 10000)
 
@@ -43,38 +44,42 @@ FAMILIES = {
     "IPv4": (socket.AF_INET, NOBODY4, "127.0.0.1"),
     "IPv6": (socket.AF_INET6, NOBODY6, "::1"),
 }
-SYN = "tcp[tcpflags] & tcp-syn != 0 or ip6[6] == 6 and ip6[53] & 2 != 0"
+SYN = "(tcp[tcpflags] & tcp-syn != 0) or (ip6[6] == 6 and ip6[53] & 2 != 0)"
 FEXIT, KPROBE = "env TCPTRACE_WAY=fexit", "env TCPTRACE_WAY=kprobe"
 NO_TOOL = "no tool"
+CGROUP = pathlib.Path("/sys/fs/cgroup/bench")
 
-OURS = {
-    "tcpconnect, fexit": f"{FEXIT} {TOP}/tcpconnect",
-    "tcpconnect, kprobe": f"{KPROBE} {TOP}/tcpconnect",
-}
-CONNECT = {**OURS, "bcc's tcpconnect": "tcpconnect-bpfcc"}
-CONNECT_OPTIONS = {
-    "tcpconnect -p, fexit": f"{FEXIT} {TOP}/tcpconnect -p 1",
-    "tcpconnect -p, kprobe": f"{KPROBE} {TOP}/tcpconnect -p 1",
-    "tcpconnect -c, fexit": f"{FEXIT} {TOP}/tcpconnect -c",
-    "tcpconnect -c, kprobe": f"{KPROBE} {TOP}/tcpconnect -c",
-    "bcc's tcpconnect -p": "tcpconnect-bpfcc -p 1",
-    "bcc's tcpconnect -c": "tcpconnect-bpfcc -c",
-}
+# The tools, each a column of the table.
+TCPDUMP = {"tcpdump": f"tcpdump -n -i any '{SYN}'"}
+
+
+def ours(command):
+    return {
+        "fexit": f"{FEXIT} {TOP}/{command}",
+        "kprobe": f"{KPROBE} {TOP}/{command}",
+    }
+
+
+CONNECT = {**ours("tcpconnect"), "bcc's": "tcpconnect-bpfcc"}
 CONNECT_OTHERS = {
-    "libbpf-tools' tcpconnect": "/usr/sbin/tcpconnect",
-    "bpftrace's tcpconnect.bt": "/usr/sbin/tcpconnect.bt",
-    "tcpdump": f"tcpdump -n -i any '{SYN}'",
+    "libbpf-tools'": "/usr/sbin/tcpconnect",
+    "bpftrace's": "/usr/sbin/tcpconnect.bt",
 }
+# By the name of the figure, options; those that bcc's has too.
+CONNECT_OPTIONS = {
+    "-p of another process": "-p 1",
+    "-c": "-c",
+    "--cgroup of others": f"--cgroup {CGROUP}",
+    "--json": "--json",
+    "-x": "-x",
+}
+BCC_OPTIONS = ("-p 1", "-c")
+ACCEPT_OPTIONS = {"-c": "-c", "-q": "-q"}
 ACCEPT = {
-    "tcpaccept, fexit": f"{FEXIT} {TOP}/tcpaccept",
-    "tcpaccept, kprobe": f"{KPROBE} {TOP}/tcpaccept",
-    "bcc's tcpaccept": "tcpaccept-bpfcc",
+    **ours("tcpaccept"),
+    "bcc's": "tcpaccept-bpfcc",
+    "bpftrace's": "/usr/sbin/tcpaccept.bt",
 }
-ACCEPT_OTHERS = {
-    "bpftrace's tcpaccept.bt": "/usr/sbin/tcpaccept.bt",
-    "tcpdump": CONNECT_OTHERS["tcpdump"],
-}
-ALL = {**CONNECT, **CONNECT_OTHERS, **ACCEPT, **ACCEPT_OTHERS}
 
 
 def proc(process, name):
@@ -125,42 +130,47 @@ def started(tools):
 
 
 def alone(function, *args):
-    """What function(*args) returns, and its instructions, while no other process gets the CPU."""
+    """What function(*args) returns, while no other process gets the CPU."""
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
+    result = function(*args)
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    return result
+
+
+def timed(function, *args):
+    """(what function(*args) returns, its instructions)"""
     begin = time.monotonic_ns()
     result = function(*args)
-    took = time.monotonic_ns() - begin
-    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    return result, took
+    return result, time.monotonic_ns() - begin
 
 
 def connects(family, count=BURST, ports=(9,)):
-    """Instructions of a connect to an address that does not answer."""
+    """Instructions of a connect to an address that does not answer, in the median: without the ticks of the clock."""
     kind, address, _ = FAMILIES[family]
     flags = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
     clients = [socket.socket(kind, flags) for _ in range(count)]
     targets = [(address, ports[i % len(ports)]) for i in range(count)]
-
-    def burst():
-        for client, target in zip(clients, targets):
-            client.connect_ex(target)
-
-    _, took = alone(burst)
+    took = alone(
+        lambda: [
+            timed(client.connect_ex, target)[1]
+            for client, target in zip(clients, targets)
+        ]
+    )
     for client in clients:
         client.close()
-    return took / count
+    return statistics.median(took)
 
 
 def accepts(family, count=BURST):
-    """Instructions of an accept of a connection that waits for it."""
+    """Instructions of an accept of a connection that waits for it, in the median."""
     kind, _, address = FAMILIES[family]
     with listener(kind, address, backlog=count) as server:
         target = server.getsockname()[:2]
         clients = [socket.create_connection(target) for _ in range(count)]
-        served, took = alone(lambda: [server.accept()[0] for _ in range(count)])
-        for connection in clients + served:
+        served = alone(lambda: [timed(server.accept) for _ in range(count)])
+        for connection in clients + [connection for (connection, _), _ in served]:
             connection.close()
-    return took / count
+    return statistics.median(took for _, took in served)
 
 
 def loopback_packets():
@@ -183,7 +193,7 @@ def packets():
 
     with client, peer:
         before = loopback_packets()
-        _, took = alone(transfer)
+        _, took = alone(timed, transfer)
         return took / (loopback_packets() - before)
 
 
@@ -194,6 +204,11 @@ def repeated(measure, *args):
         values.append(measure(*args))
         time.sleep(REST)
     return values[1:]
+
+
+def other_ports(family, count):
+    """As connects(), each to another port, so that none is like one before."""
+    return connects(family, count, random.sample(range(1, 65536), count))
 
 
 def idle(process):
@@ -209,7 +224,7 @@ def watched(process, resting, work, *args):
     """What work(*args) returns, and the instructions that the tool spent on it beside its resting ones a second."""
     before, begin = spent(process), time.monotonic()
     result = work(*args)
-    time.sleep(REST)
+    time.sleep(LONG_REST)
     seconds = time.monotonic() - begin
     return result, spent(process) - before - resting * seconds
 
@@ -224,44 +239,56 @@ def user_side(process, work, batch):
 
 
 def paced(rate):
-    """(instructions that this process spends for a connect, connects) of so many a second, or as near as it gets."""
+    """(instructions of a connect, in the median, connects) of so many a second, or as near as it gets."""
     kind, address, _ = FAMILIES["IPv4"]
     count = max(50, min(rate // 2, 10000))
-    before, due = time.process_time_ns(), time.monotonic()
+    took, due = [], time.monotonic()
     for _ in range(count):
         with socket.socket(kind, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as client:
-            client.connect_ex((address, 9))
+            took.append(timed(client.connect_ex, (address, 9))[1])
         due += 1 / rate
         time.sleep(max(0, due - time.monotonic()))
-    return (time.process_time_ns() - before) / count, count
+    return statistics.median(took), count
+
+
+def put(line):
+    with open(sys.argv[1], "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def report(tool, figure, values):
-    with open(sys.argv[1], "a") as file:
-        line = {"tool": tool, "figure": figure, "values": values}
-        file.write(json.dumps(line) + "\n")
+    put({"tool": tool, "figure": figure, "values": values})
     print(f"{tool}: {figure}: {statistics.median(values):,.1f}", flush=True)
 
 
-def watch(tools, work, further=True):
-    """What one event costs the kernel, with each tool; further: and all else that one start can tell."""
-    for tool, process in started(tools):
-        for family in FAMILIES:
-            report(tool, f"{work.__name__}, {family}", repeated(work, family))
-        if not further:
-            continue
-        report(tool, "packets", repeated(packets))
-        if process:
-            report(tool, "wake-ups", [idle(process)[1]])
+def watch_kernel(tools, work, figure, families=tuple(FAMILIES)):
+    """What one event costs the kernel, with each tool."""
+    for tool, _ in started(tools):
+        for family in families:
+            report(tool, f"{figure}, {family}", repeated(work, family))
+
+
+def watch_packets(tools, name):
+    for tool, _ in started(tools):
+        report(tool, f"a packet of a bulk transfer, {name}", repeated(packets))
+
+
+def watch_itself(tools, work, name):
+    """What a tool itself spends on an event, and how often it wakes up while there is none."""
+    for tool, command in tools.items():
+        with running(command) as process:
+            report(tool, f"{name} itself, wake-ups a second", [idle(process)[1]])
             for batch in BATCHES:
                 values = user_side(process, work, batch)
-                report(tool, f"user side, {batch} at once", values)
+                report(tool, f"{name} itself, {batch} at once", values)
 
 
 def start(command):
-    """(instructions from exec to the header, peak memory in MB) of a tool whose output is a terminal."""
+    """(instructions from exec to the header, peak memory, memory afterwards, in MB) of a tool that writes to a terminal.
+
+    Its own instructions: the guest's clock also counts what it waits for the disk.
+    """
     terminal, output = pty.openpty()
-    begin = time.monotonic_ns()
     process = subprocess.Popen(shlex.split(command), stdout=output, stderr=output)
     os.close(output)
     with open(terminal, errors="replace") as lines:
@@ -272,36 +299,39 @@ def start(command):
                 break
         else:
             sys.exit(f"{command}: {said}")
-        took = time.monotonic_ns() - begin
-        memory = status(process, "VmHWM") / 1024
+        took = spent(process)
+        time.sleep(1)  # and bpftrace does not heed a signal that comes at once
+        peak, resident = status(process, "VmHWM"), status(process, "VmRSS")
         process.send_signal(signal.SIGINT)
         process.wait()
-    return took, memory
+    return took, peak / 1024, resident / 1024
 
 
-def watch_starts(tools):
-    """How long a tool takes to start, and its peak memory, after one start that fills the page cache."""
+def watch_starts(tools, name):
+    """What a tool takes to start, and its memory, after one start that fills the page cache."""
     for tool, command in tools.items():
-        figures = [start(command) for _ in range(1 + STARTS)][1:]
-        report(tool, "start", [instructions for instructions, _ in figures])
-        report(tool, "memory", [memory for _, memory in figures])
+        starts = [start(command) for _ in range(1 + STARTS)][1:]
+        took, peak, resident = zip(*starts)
+        report(tool, f"{name}, start (millions)", [n / 1e6 for n in took])
+        report(tool, f"{name}, peak memory (MB)", peak)
+        report(tool, f"{name}, memory afterwards (MB)", resident)
 
 
 def watch_growth(tools):
     """What one connect costs at each rate, in the kernel and in the tool."""
     for tool, process in started(tools):
         for rate in RATES:
+            figure = f"a connect, {rate:,} a second asked for"
             if not process:
-                kernel = [paced(rate)[0] for _ in range(1 + STARTS)]
-                report(tool, f"{rate} a second", kernel[1:])
+                report(tool, figure, [paced(rate)[0] for _ in range(1 + STARTS)][1:])
                 continue
-            resting, kernel, user = idle(process)[0], [], []
+            resting, kernel, itself = idle(process)[0], [], []
             for _ in range(1 + STARTS):
                 (took, count), own = watched(process, resting, paced, rate)
                 kernel.append(took)
-                user.append(own / count)
-            report(tool, f"{rate} a second", kernel[1:])
-            report(tool, f"user side, {rate} a second", user[1:])
+                itself.append(own / count)
+            report(tool, figure, kernel[1:])
+            report(tool, f"tcpconnect itself, {rate:,} a second", itself[1:])
 
 
 def watch_flows(tools):
@@ -311,29 +341,80 @@ def watch_flows(tools):
         some = random.Random(flows).choices(ports, k=BURST)
         for tool, _ in started(tools):
             connects("IPv4", flows, ports)
-            report(tool, f"{flows} flows", repeated(connects, "IPv4", BURST, some))
+            values = repeated(connects, "IPv4", BURST, some)
+            report(tool, f"a connect, -c, {flows:,} flows", values)
+
+
+def put_versions():
+    """Of the kernel, and of the packages of the tools that are installed."""
+    listed = subprocess.run(
+        [
+            *("dpkg-query", "--show", "--showformat=${Package} ${Version}\n"),
+            *("python3-bpfcc", "libbpf-tools", "bpftrace", "tcpdump"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # those that are not installed
+        text=True,
+        check=False,
+    )
+    versions = [f"Linux {os.uname().release}", *listed.stdout.splitlines()]
+    put({"versions": ", ".join(versions)})
+
+
+def quick():
+    watch_kernel(CONNECT, connects, "a connect")
+
+
+def connect():
+    tools = {**CONNECT, **CONNECT_OTHERS, **TCPDUMP}
+    watch_kernel(tools, connects, "a connect")
+    for name, given in CONNECT_OPTIONS.items():
+        some = ours(f"tcpconnect {given}")
+        if given in BCC_OPTIONS:
+            some["bcc's"] = f"tcpconnect-bpfcc {given}"
+        watch_kernel(some, connects, f"a connect, {name}", ["IPv4"])
+    watch_packets(tools, "tcpconnect")
+
+
+def accept():
+    watch_kernel(ACCEPT, accepts, "an accept")
+    for name, given in ACCEPT_OPTIONS.items():
+        some = ours(f"tcpaccept {given}")
+        watch_kernel(some, accepts, f"an accept, {name}", ["IPv4"])
+    watch_packets(ACCEPT, "tcpaccept")
+    watch_itself(ACCEPT, accepts, "tcpaccept")
+
+
+def itself():
+    watch_itself({**CONNECT, **CONNECT_OTHERS, **TCPDUMP}, connects, "tcpconnect")
+    for tool, command in CONNECT.items():
+        with running(command) as process:
+            values = user_side(process, other_ports, 1000)
+            report(tool, "tcpconnect itself, 1000 at once, all different", values)
+
+
+def starts():
+    watch_starts({**CONNECT, **CONNECT_OTHERS}, "tcpconnect")
+    watch_starts(ACCEPT, "tcpaccept")
+
+
+def growth():
+    watch_growth(ours("tcpconnect"))
+    watch_flows(ours("tcpconnect -c"))
 
 
 PARTS = {
-    "quick": lambda: watch(CONNECT, connects, further=False),
-    "connect": lambda: watch({**CONNECT, **CONNECT_OTHERS}, connects),
-    "options": lambda: watch(CONNECT_OPTIONS, connects, further=False),
-    "accept": lambda: watch({**ACCEPT, **ACCEPT_OTHERS}, accepts),
-    "start": lambda: watch_starts(
-        {tool: command for tool, command in ALL.items() if tool != "tcpdump"}
-    ),
-    "growth": lambda: watch_growth(OURS),
-    "flows": lambda: watch_flows(
-        {"tcpconnect -c, fexit": f"{FEXIT} {TOP}/tcpconnect -c"}
-    ),
+    part.__name__: part for part in (quick, connect, accept, itself, starts, growth)
 }
 
 
 if __name__ == "__main__":
     add_addresses()
+    CGROUP.mkdir()
     resource.setrlimit(resource.RLIMIT_NOFILE, (2 * max(FLOWS), 2 * max(FLOWS)))
     subprocess.run(
         ["ip", "link", "set", "lo", "mtu", "1500", "gso_max_segs", "1"], check=True
     )
+    put_versions()
     for part in sys.argv[2:]:
         PARTS[part]()

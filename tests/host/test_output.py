@@ -285,7 +285,7 @@ def test_json_fields_are_in_the_man_page(name):
 
 
 def test_lost_events_in_json(tool, monkeypatch, capsys):
-    written = follow(tool, monkeypatch, [(1000, [900])], [{"full": 3}], json=True)
+    written = follow(tool, monkeypatch, [(1100, [900])], [{"full": 3}], json=True)
     lost = json.loads(written[-1])
     assert list(lost) == ["ts", "host", "event", "count", "reason"]
     assert (lost["event"], lost["count"], lost["reason"]) == ("lost", 3, "full")
@@ -414,17 +414,19 @@ def test_what_is_held_is_written_at_the_end(tool, monkeypatch):
 
 
 def test_lost_events_are_said(tool, monkeypatch, capsys):
+    """Once a second, and at the end."""
     follow(
         tool,
         monkeypatch,
-        [(1000, [900]), (1100, [1000]), (1200, [])],
-        [{"full": 3}, {"full": 2, "asleep": 1}, {}],
+        [(1100, [900]), (1200, []), (2200, [1000]), (2300, []), (2400, [])],
+        [{"full": 3}, {"full": 2, "asleep": 1}, {"asleep": 1}],
     )
     assert capsys.readouterr().err == (
         f"{tool.NAME}: lost 3 events, full\n"
         f"{tool.NAME}: lost 2 events, full\n"
         f"{tool.NAME}: lost 1 events, asleep\n"
-        f"{tool.NAME}: lost 6 events in all\n"
+        f"{tool.NAME}: lost 1 events, asleep\n"
+        f"{tool.NAME}: lost 7 events in all\n"
     )
 
 
