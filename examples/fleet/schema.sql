@@ -48,10 +48,11 @@ WITH
     toInt64(60000000) AS longest_wait,      -- microseconds, like all times here
     toInt64(1000000) AS clock_difference,
     toInt64(1000000000000) AS never,
-    -- How far apart two neighbours are; never, if they do not belong together.
+    -- How far apart two neighbours are; never, if they do not belong together. Of two alike, connect and accept in this
+    -- order are nearer.
     (event1, time1, event2, time2) -> multiIf(
         event1 = 'connect' AND event2 = 'accept' AND time2 - time1 <= longest_wait, time2 - time1,
-        event1 = 'accept' AND event2 = 'connect' AND time2 - time1 <= clock_difference, time2 - time1,
+        event1 = 'accept' AND event2 = 'connect' AND time2 - time1 <= clock_difference, time2 - time1 + 1,
         never) AS gap,
     events AS
     (
