@@ -14,8 +14,7 @@ import socket
 import subprocess
 
 import pytest
-from conftest import TOP, Worker
-from test_trust import capabilities
+from conftest import Worker
 
 RESULTS = pathlib.Path("/mnt/rw/fleet")
 HOSTS = ("web1", "app2", "db3", "stranger")
