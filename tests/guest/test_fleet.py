@@ -237,7 +237,9 @@ def work(fleet):
     web_tools = fleet.tools("web1", "tcpconnect", "tcpaccept", "tcpconnect -x")
     app_tools = fleet.tools("app2", "tcpconnect", "tcpaccept")
     # Before db3's tools are on
-    fleet.connect(11, "app2", "early", "db3", "postgres", db, 5432, seen=(True, False))
+    fleet.connect(
+        11, "app2", "migrate", "db3", "postgres", db, 5432, seen=(True, False)
+    )
     db_tools = fleet.tools("db3", "tcpconnect", "tcpaccept")
 
     fleet.connect(23, "web1", "nginx-worker", "app2", "gunicorn", app, 8000)
@@ -253,17 +255,17 @@ def work(fleet):
         family=socket.AF_INET6,
     )
     fleet.connect(5, "app2", "gunicorn", "web1", "nginx", web, 80)
-    fleet.connect(2, "web1", "health", "web1", "nginx", web, 80)
+    fleet.connect(2, "web1", "healthcheck", "web1", "nginx", web, 80)
     # The same four addresses and ports on two hosts
     fleet.connect(
-        3, "web1", "local", "web1", "nginx", local, 8080, ports=[40001, 40002, 40003]
+        3, "web1", "statsd", "web1", "nginx", local, 8080, ports=[40001, 40002, 40003]
     )
     fleet.connect(
-        3, "db3", "local", "db3", "postgres", local, 8080, ports=[40001, 40002, 40003]
+        3, "db3", "statsd", "db3", "postgres", local, 8080, ports=[40001, 40002, 40003]
     )
     # The same four addresses and ports, over and over, by two processes
-    fleet.connect(31, "web1", "first", "app2", "gunicorn", app, 8001, ports=[45000])
-    fleet.connect(29, "web1", "second", "app2", "gunicorn", app, 8001, ports=[45000])
+    fleet.connect(31, "web1", "celery", "app2", "gunicorn", app, 8001, ports=[45000])
+    fleet.connect(29, "web1", "flower", "app2", "gunicorn", app, 8001, ports=[45000])
     fleet.refused(13, "web1", "nginx-worker", "app2", 81)
     fleet.connect(
         17, "stranger", "scanner", "web1", "nginx", web, 80, seen=(False, True)
@@ -275,14 +277,12 @@ def work(fleet):
     for tool in app_tools:
         tool.end()
     fleet.connect(
-        41, "web1", "meanwhile", "app2", "gunicorn", app, 8000, seen=(True, False)
+        41, "web1", "deploy", "app2", "gunicorn", app, 8000, seen=(True, False)
     )
-    fleet.connect(
-        43, "app2", "meanwhile", "web1", "nginx", web6, 80, seen=(False, True)
-    )
+    fleet.connect(43, "app2", "deploy", "web1", "nginx", web6, 80, seen=(False, True))
     app_tools += fleet.tools("app2", "tcpconnect", "tcpaccept")
-    fleet.connect(47, "web1", "after", "app2", "gunicorn", app, 8000)
-    fleet.connect(53, "app2", "after", "web1", "nginx", web6, 80)
+    fleet.connect(47, "web1", "monitor", "app2", "gunicorn", app, 8000)
+    fleet.connect(53, "app2", "monitor", "web1", "nginx", web6, 80)
 
     logs = {"web1": web_tools, "app2": app_tools, "db3": db_tools}
     for tool in (*web_tools, *app_tools[2:], *db_tools):

@@ -736,21 +736,41 @@ def test_graphviz_reads_what_dot_writes():
 
 
 def test_mermaid_gets_no_character_that_it_would_understand():
-    out, _, _ = run(
-        "--mermaid",
-        stdin=text([*hostile_events(), accept(0, "sshd", saddr=STRANGER, dport=22)]),
-    )
-    label = r'"(?:[\w .:/()-]|#\d+;)*"'
-    form = rf"flowchart LR|    subgraph h\d+\[{label}\]|    end| +n\d+\[{label}\]|    n\d+ (-->|-\.->)\|{label}\| n\d+"
+    """And no empty label, which it does not take."""
+    events = [*hostile_events(), accept(0, "sshd", saddr=STRANGER, dport=22)]
+    out, _, _ = run("--mermaid", stdin=text(events))
+    label = r'"(?:[\w .:/()-]|#\d+;)+"'
+    node, arrow = rf"n\d+\[{label}\]", r"(-->|-\.->)"
+    form = rf"flowchart LR|    subgraph h\d+\[{label}\]|    end| +{node}|    n\d+ {arrow}\|{label}\| n\d+"
     lines = out.splitlines()
     assert [line for line in lines if not re.fullmatch(form, line)] == []
     shown = {
-        re.sub(r"#(\d+);", lambda c: chr(int(c[1])), name)
+        re.sub(r"#(\d+);", lambda found: chr(int(found[1])), name)
         for name in re.findall(r'\["(.*?)"\]', out)
     }
-    assert shown == {servicemap.printable(name) for name in HOSTILE} | {
-        f"web{servicemap.printable(name)}" for name in HOSTILE
-    } | {"db2", "sshd", STRANGER}
-    assert [line for line in lines if "-.->" in line] == [
-        f"    {line.strip()}" for line in lines if '"22 (1)"' in line
-    ]
+    names = [servicemap.printable(name) for name in HOSTILE]
+    hosts = {"db2", *(f"web{name}" for name in names)}
+    assert shown == hosts | {name or " " for name in names} | {"sshd", STRANGER}
+    dashed = [line for line in lines if "-.->" in line]
+    assert dashed == [line for line in lines if '"22 (1)"' in line] != []
+
+
+# ---- the shipper
+
+
+def test_vectors_configuration():
+    """As far as can be said without Vector: it reads the units' journal, and inserts where the schema is."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    config = tomllib.loads((FLEET / "vector.toml").read_text())
+    source, sink = config["sources"]["journal"], config["sinks"]["clickhouse"]
+    common = (FLEET / "tcptrace-.service.d/common.conf").read_text()
+    assert f"\nLogNamespace={source['journal_namespace']}\n" in common
+    assert (FLEET / f"journald@{source['journal_namespace']}.conf").exists()
+    units = {path.stem for path in FLEET.glob("*.service")}
+    assert set(source["include_units"]) == units
+    assert f"{sink['database']}.{sink['table']} " in (FLEET / "cluster.sql").read_text()
+    known = set(config["sources"]) | set(config["transforms"]) | {"rows.dropped"}
+    parts = [*config["transforms"].values(), *config["sinks"].values()]
+    assert all(name in known for part in parts for name in part["inputs"])
+    assert (sink["buffer"]["type"], sink["buffer"]["when_full"]) == ("disk", "block")
+    assert sink["acknowledgements"]["enabled"]
