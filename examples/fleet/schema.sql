@@ -37,23 +37,21 @@ SETTINGS ttl_only_drop_parts = 1;
 
 -- A row is a connection: a connect and the accept that belongs to it, or one of them, where the other is missing.
 --
--- They have the same two addresses and ports, but ports are used again, so the time decides. A connect and an accept that
--- follow each other in a flow belong together if each is the other's nearest neighbour. An accept may come up to 60 s
--- after its connect (so long may it wait in the accept queue), and up to 1 s before it (so much may the clocks of two
--- hosts differ). A connect that is followed by its failure (tcpconnect -x) is no connection.
+-- They have the same two addresses and ports, but ports are used again, so the time decides. Of the events with the same
+-- four (a flow), in order of time, a connect and an accept that are neighbours may belong together: an accept comes up to
+-- 60 s after its connect (so long may it wait in the accept queue), or up to 1 s before it (so much may the clocks of two
+-- hosts differ). Neighbours that may belong together are a run, and in a run they are paired two by two from its first
+-- on: connect and accept, or accept and connect where a clock is behind. A connect that is followed by its failure
+-- (tcpconnect -x) is no connection.
 --
 -- Each network namespace of each host has a loopback of its own: there, both ends are in it.
 CREATE VIEW IF NOT EXISTS tcp_connections AS
 WITH
     toInt64(60000000) AS longest_wait,      -- microseconds, like all times here
     toInt64(1000000) AS clock_difference,
-    toInt64(1000000000000) AS never,
-    -- How far apart two neighbours are; never, if they do not belong together. Of two alike, connect and accept in this
-    -- order are nearer.
-    (event1, time1, event2, time2) -> multiIf(
-        event1 = 'connect' AND event2 = 'accept' AND time2 - time1 <= longest_wait, time2 - time1,
-        event1 = 'accept' AND event2 = 'connect' AND time2 - time1 <= clock_difference, time2 - time1 + 1,
-        never) AS gap,
+    (event1, time1, event2, time2) ->
+        (event1 = 'connect' AND event2 = 'accept' AND time2 - time1 <= longest_wait)
+        OR (event1 = 'accept' AND event2 = 'connect' AND time2 - time1 <= clock_difference) AS may_belong,
     events AS
     (
         SELECT
@@ -68,32 +66,28 @@ WITH
     (
         SELECT
             *,
-            lagInFrame(event, 2) OVER w AS event_before_last,
-            lagInFrame(time, 2) OVER w AS time_before_last,
+            row_number() OVER w AS number,
             lagInFrame(event) OVER w AS last_event,
             lagInFrame(time) OVER w AS last_time,
             leadInFrame(event) OVER w AS next_event,
             leadInFrame(time) OVER w AS next_time,
-            leadInFrame(event, 2) OVER w AS event_after_next,
-            leadInFrame(time, 2) OVER w AS time_after_next,
             leadInFrame(ts) OVER w AS next_ts,
             leadInFrame(host) OVER w AS next_host,
             leadInFrame(pid) OVER w AS next_pid,
             leadInFrame(comm) OVER w AS next_comm
         FROM events
-        WINDOW w AS (PARTITION BY flow ORDER BY ts, event ROWS BETWEEN 2 PRECEDING AND 2 FOLLOWING)
+        WINDOW w AS (PARTITION BY flow ORDER BY ts, event ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING)
     ),
     pairs AS
     (
         SELECT
             *,
-            gap(event_before_last, time_before_last, last_event, last_time) AS gap_before_last,
-            gap(last_event, last_time, event, time) AS gap_to_last,
-            gap(event, time, next_event, next_time) AS gap_to_next,
-            gap(next_event, next_time, event_after_next, time_after_next) AS gap_after_next,
-            gap_to_next < never AND gap_to_next < gap_to_last AND gap_to_next <= gap_after_next AS is_first_of_pair,
-            gap_to_last < never AND gap_to_last < gap_before_last AND gap_to_last <= gap_to_next AS is_second_of_pair
+            if(may_belong(last_event, last_time, event, time), 0, number) AS begin_of_run,  -- 0 inside of one
+            number - max(begin_of_run) OVER so_far AS place,                                -- in its run, from 0
+            place % 2 = 0 AND may_belong(event, time, next_event, next_time) AS is_first_of_pair,
+            place % 2 = 1 AS is_second_of_pair
         FROM neighbours
+        WINDOW so_far AS (PARTITION BY flow ORDER BY ts, event ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW)
     )
 SELECT
     if(event = 'accept' AND is_first_of_pair, next_ts, ts) AS ts,   -- the connect's, where it is known

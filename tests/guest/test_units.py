@@ -46,9 +46,10 @@ def until(there_is):
     return found
 
 
-# systemd as the first process of a container: with a /run of its own, and without what would touch the guest's devices.
+# systemd as the first process of a container: with a /run and a /tmp of its own, and without what would touch the guest's devices.
 START = """
 mount -t tmpfs none /run
+mount -t tmpfs none /tmp
 mkdir -p /run/systemd/system
 for unit in systemd-udevd systemd-udev-trigger systemd-modules-load systemd-sysctl; do
     ln -s /dev/null /run/systemd/system/$unit.service
