@@ -36,9 +36,10 @@ def check(*command):
 
 
 def test_ruff():
+    python = (*TOOLS, "examples/fleet/servicemap", "tests")
     ruff = pathlib.Path(sys.prefix) / "bin/ruff"
-    check(ruff, "check", "--no-cache", *TOOLS, "tests")
-    check(ruff, "format", "--check", "--no-cache", *TOOLS, "tests")
+    check(ruff, "check", "--no-cache", *python)
+    check(ruff, "format", "--check", "--no-cache", *python)
 
 
 def test_shellcheck():
@@ -62,7 +63,7 @@ def test_man_page(name):
 
 
 def test_modes_and_top_level():
-    for script in (*TOOLS, *SHELL):
+    for script in (*TOOLS, *SHELL, "examples/fleet/servicemap"):
         assert (TOP / script).stat().st_mode & 0o111 == 0o111
     listed = subprocess.run(
         ["git", "-c", "safe.directory=*", "ls-files"],

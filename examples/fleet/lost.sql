@@ -1,0 +1,6 @@
+-- lost.sql  What the tools themselves have missed, and said so: there, the other answers are not complete.
+SELECT host, reason, sum(count) AS events, min(ts) AS first_seen, max(ts) AS last_seen
+FROM tcp_events FINAL
+WHERE event = 'lost'
+GROUP BY host, reason
+ORDER BY events DESC, host, reason;

@@ -1,0 +1,206 @@
+"""Measure examples/fleet on generated rows: the join's time and memory, and what rows take on disk.
+
+USAGE: bench_fleet.py, with the Python of the venv that tests/install prints; a figure is a line of JSON
+
+A size is a day of 1,000 clients and 50 servers: half of the rows are connects, half accepts; of either 2 % are missing
+and 2 % doubled; a connection's addresses and ports come again up to three times in the day; all accepts are inserted after
+all connects. chdb has 2 threads and may take 1 GB. Each size has a process of its own, and so a peak of its own. How
+many connections there must be is counted without the join, and the join has to agree.
+"""
+
+import importlib.util
+import json
+import math
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.machinery import SourceFileLoader
+
+SERVICEMAP = pathlib.Path(__file__).resolve().parents[1] / "examples/fleet/servicemap"
+SIZES = [
+    1_250_000,
+    2_500_000,
+    5_000_000,
+    10_000_000,
+]  # rows; fewer stay in memory, and take less each
+REPEATS = 3
+LIMITS = "SET max_threads = 2, max_memory_usage = 1000000000"
+INSERT_CONNECTIONS = 250_000  # at once
+LINES = 1_000_000  # for loading
+
+# The rows of one side of connections: {side} is 1 for connects, 2 for accepts. {connections} is how many there are in the
+# day. Number n is of client n % 1000 and server n / 1000 % 50, which come again every 50,000 connections; the port then
+# is another, out of 40. So neither data nor order is as a compressor would like it.
+ROWS = """
+WITH
+    number AS n,
+    n % 1000 AS client,
+    intDiv(n, 1000) % 50 AS server,
+    intHash32(intDiv(n, 50000) % 40 + 40 * (n % 50000)) AS port_hash,
+    cityHash64(n, {side}) AS luck,
+    {side} = 1 AS is_client
+SELECT
+    fromUnixTimestamp64Micro(toInt64(1795392000000000 + n * intDiv(86400000000, {connections})
+        + cityHash64(n, 3) % 1000 + if(is_client, 0, 50 + cityHash64(n, 4) % 5000)), 'UTC') AS ts,
+    if(is_client, concat('client', toString(client)), concat('server', toString(server))) AS host,
+    if(is_client, 'connect', 'accept') AS event,
+    toUInt32(if(is_client, 1000 + cityHash64(n, 5) % 300, 900 + server)) AS pid,
+    toUInt32(pid + cityHash64(n, 6) % 16) AS tid,
+    toUInt32(if(is_client, 1000, 33)) AS uid,
+    if(is_client, ['curl', 'python3', 'java', 'envoy', 'ruby', 'node', 'sshd', 'php-fpm'][1 + client % 8],
+        ['nginx', 'postgres', 'redis-server', 'haproxy'][1 + server % 4]) AS comm,
+    toIPv6(concat('10.1.', toString(intDiv(client, 250)), '.', toString(client % 250))) AS saddr,
+    toUInt16(32768 + port_hash % 28000) AS sport,
+    toIPv6(concat('10.2.0.', toString(server))) AS daddr,
+    toUInt16([80, 5432, 6379, 443][1 + server % 4]) AS dport,
+    toUInt32(4026531840) AS netns,
+    toUInt64(4000 + if(is_client, client % 40, server)) AS cgroup
+FROM numbers({start}, {count})
+ARRAY JOIN range(if(luck % 50 = 1, 2, 1))
+WHERE luck % 50 != 0
+"""
+COLUMNS = (
+    "ts, host, event, pid, tid, uid, comm, saddr, sport, daddr, dport, netns, cgroup"
+)
+
+# {known: connections}, without a join.
+EXPECTED = """
+SELECT multiIf(cityHash64(number, 1) % 50 = 0, 'server', cityHash64(number, 2) % 50 = 0, 'client', 'both') AS known,
+    count() AS connections
+FROM numbers({connections})
+WHERE cityHash64(number, 1) % 50 != 0 OR cityHash64(number, 2) % 50 != 0
+GROUP BY known
+"""
+
+STORED = """
+SELECT sum(rows) AS rows, sum(bytes_on_disk) AS bytes FROM system.parts WHERE active AND table = 'tcp_events'
+"""
+
+
+def load_servicemap():
+    loader = SourceFileLoader("servicemap", str(SERVICEMAP))
+    module = importlib.util.module_from_spec(
+        importlib.util.spec_from_loader("servicemap", loader)
+    )
+    loader.exec_module(module)
+    module.import_chdb()
+    return module
+
+
+def insert(session, connections):
+    for side in (1, 2):
+        for start in range(0, connections, INSERT_CONNECTIONS):
+            count = min(INSERT_CONNECTIONS, connections - start)
+            rows = ROWS.format(
+                side=side, connections=connections, start=start, count=count
+            )
+            session.query(f"INSERT INTO tcp_events ({COLUMNS}) {rows}")
+
+
+def peak_mb():
+    """The most memory that this process has had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def repeated(run):
+    """What run() takes each time: times and CPU times (s), and the process's peaks until then (MB)."""
+    found = {"seconds": [], "cpu_seconds": [], "peaks": []}
+    for _ in range(REPEATS):
+        began, cpu_began = time.monotonic(), time.process_time()
+        run()
+        found["seconds"].append(time.monotonic() - began)
+        found["cpu_seconds"].append(time.process_time() - cpu_began)
+        found["peaks"].append(peak_mb())
+    return found
+
+
+def join(rows):
+    """What servicemap.sql takes over so many rows, and the bytes of a row on disk."""
+    servicemap = load_servicemap()
+    connections = rows // 2
+    question = (SERVICEMAP.parent / "servicemap.sql").read_text()
+    with servicemap.database() as session:
+        session.query(LIMITS)
+        insert(session, connections)
+        expected = servicemap.ask(session, EXPECTED.format(connections=connections))
+        expected = {row["known"]: row["connections"] for row in expected}
+        found = repeated(lambda: agree(expected, servicemap.ask(session, question)))
+        session.query("OPTIMIZE TABLE tcp_events FINAL")
+        [stored] = servicemap.ask(session, STORED)
+    return {**found, "disk": stored["bytes"] / stored["rows"]}
+
+
+def agree(expected, answer):
+    found = dict.fromkeys(expected, 0)
+    for row in answer:
+        found[row["known"]] += row["connections"]
+    if found != expected:
+        sys.exit(
+            f"bench_fleet: error: the join says {found}, where {expected} is right"
+        )
+
+
+def load(lines):
+    """What it takes to put so many lines into chdb, as servicemap does."""
+    servicemap = load_servicemap()
+    rows = ROWS.format(side=1, connections=2 * lines, start=0, count=2 * lines)
+    some = f"SELECT *, 4 AS ip FROM ({rows}) LIMIT {lines}"
+    with tempfile.TemporaryDirectory() as folder, servicemap.database() as session:
+        session.query(LIMITS)
+        session.query(f"{some} INTO OUTFILE '{folder}/lines' FORMAT JSONEachRow")
+        return repeated(lambda: servicemap.load(session, [f"{folder}/lines"]))
+
+
+def measure(what, number):
+    """What a process of its own has measured: join or load."""
+    command = [sys.executable, __file__, what, str(number)]
+    return json.loads(
+        subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    )
+
+
+def figures():
+    """Yields a dict for each figure: tool, figure, values (one for each repeat)."""
+    cpu_seconds = {}
+    for rows in SIZES:
+        found = measure("join", rows)
+        cpu_seconds[rows] = found["cpu_seconds"]
+        join_of = f"join of {rows:,} rows"
+        yield figure("servicemap.sql", f"{join_of}, s", found["seconds"])
+        yield figure("servicemap.sql", f"{join_of}, CPU s", found["cpu_seconds"])
+        peak = found["peaks"][-1:]
+        yield figure("servicemap.sql", f"{join_of}, peak of the process, MB", peak)
+        disk = [found["disk"]]
+        yield figure("tcp_events", f"a row of {rows:,} on disk, bytes", disk)
+    smallest = SIZES[0]
+    for rows in SIZES[1:]:
+        n_log_n = rows * math.log(rows) / (smallest * math.log(smallest))
+        least = statistics.median(cpu_seconds[smallest]) * n_log_n
+        growth = [seconds / least for seconds in cpu_seconds[rows]]
+        grown = f"CPU time of {rows:,} rows over that of {smallest:,}, in n log n"
+        yield figure("servicemap.sql", grown, growth)
+    found = measure("load", LINES)
+    yield figure("servicemap", f"load {LINES:,} lines, s", found["seconds"])
+    yield figure("servicemap", f"load {LINES:,} lines, CPU s", found["cpu_seconds"])
+    peak = found["peaks"][-1:]
+    yield figure("servicemap", f"load {LINES:,} lines, peak of the process, MB", peak)
+
+
+def figure(tool, what, values):
+    return {"tool": tool, "figure": what, "values": values}
+
+
+def main():
+    if sys.argv[1:]:
+        print(json.dumps({"join": join, "load": load}[sys.argv[1]](int(sys.argv[2]))))
+        return
+    for figure in figures():
+        print(json.dumps(figure), flush=True)
+
+
+if __name__ == "__main__":
+    main()

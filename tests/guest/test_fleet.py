@@ -1,0 +1,290 @@
+"""Three hosts and a stranger, joined by a bridge: network namespaces with host names, cgroups and tools of their own.
+
+What the tools print is left in the results folder, with a list of what was done; tests/host/test_joined.py joins it.
+In one release only, for what differs between kernels is tested elsewhere.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import pathlib
+import select
+import socket
+import subprocess
+
+import pytest
+from conftest import Worker
+
+RESULTS = pathlib.Path("/mnt/rw/fleet")
+HOSTS = ("web1", "app2", "db3", "stranger")
+ADDRESSES = {
+    host: (f"203.0.113.{n}", f"2001:db8:f::{n}") for n, host in enumerate(HOSTS, 1)
+}
+CLONE_NEWNET = 0x40000000
+
+is_bookworm = "VERSION_CODENAME=bookworm" in pathlib.Path("/etc/os-release").read_text()
+
+
+@contextlib.contextmanager
+def network():
+    """The hosts, each behind a port of one bridge."""
+    commands = ["link add fleet type bridge", "link set fleet up"]
+    for host in HOSTS:
+        commands += [
+            f"netns add {host}",
+            f"link add to_{host} type veth peer name eth0 netns {host}",
+            f"link set to_{host} master fleet up",
+            f"-netns {host} address add {ADDRESSES[host][0]}/24 dev eth0",
+            f"-netns {host} address add {ADDRESSES[host][1]}/64 dev eth0 nodad",
+            f"-netns {host} link set eth0 up",
+            f"-netns {host} link set lo up",
+        ]
+    try:
+        for command in commands:
+            subprocess.run(["ip", *command.split()], check=True)
+        yield
+    finally:
+        for command in [f"netns delete {host}" for host in HOSTS] + [
+            "link delete fleet"
+        ]:
+            subprocess.run(["ip", *command.split()], check=False)
+
+
+def enter(host, cgroups):
+    """Make this process one of that host: in its network namespace, and in its cgroup."""
+    (cgroups / host / "cgroup.procs").write_text(str(os.getpid()))
+    with open(f"/run/netns/{host}") as namespace:
+        assert ctypes.CDLL(None).setns(namespace.fileno(), CLONE_NEWNET) == 0
+
+
+def serve(host, cgroups, listening, ready):
+    """Accept on all these (address, port) until killed, and greet each client once it has been accepted."""
+    enter(host, cgroups)
+    servers = [
+        socket.create_server(
+            one,
+            family=socket.AF_INET6 if ":" in one[0] else socket.AF_INET,
+            dualstack_ipv6=one[0] == "::",
+        )
+        for one in listening
+    ]
+    os.write(ready, b".")
+    while True:
+        for server in select.select(servers, [], [])[0]:
+            with server.accept()[0] as connection:
+                connection.sendall(b".")
+                with contextlib.suppress(ConnectionResetError):
+                    connection.recv(1)  # the client ends it
+
+
+def connect(host, cgroups, family, to, count, ports):
+    """Connect to an (address, port) `count` times, each accepted before the next, from these local ports if any."""
+    enter(host, cgroups)
+    for i in range(count):
+        with socket.socket(family) as client:
+            if ports:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                client.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
+                )  # reset: free at once
+                client.bind(("", ports[i % len(ports)]))
+            client.connect(to)
+            assert client.recv(1) == b"."
+
+
+def connect_refused(host, cgroups, to, count):
+    enter(host, cgroups)
+    for _ in range(count):
+        with socket.socket() as client, pytest.raises(ConnectionRefusedError):
+            client.connect(to)
+
+
+class Fleet:
+    """The hosts at work. done: what was done, as tests/host/test_joined.py wants to know it."""
+
+    def __init__(self, start, cgroups):
+        self.start, self.cgroups, self.done, self.servers = start, cgroups, [], []
+        for host in HOSTS:
+            (cgroups / host).mkdir()
+
+    def tools(self, host, *commands):
+        """Start tools on a host; they see no other host's processes, and have its name."""
+        name = ("sh", "-c", 'hostname "$0" && exec "$@"', host)
+        wrapper = ("nsenter", f"--net=/run/netns/{host}", "unshare", "--uts", *name)
+        held = f"--json --cgroup {self.cgroups / host}"
+        commands = [f"{command} {held}" for command in commands]
+        return self.start(*commands, options={"wrapper": wrapper})
+
+    def serve(self, host, comm, *listening):
+        reader, writer = os.pipe()
+        worker = Worker(comm.encode(), serve, host, self.cgroups, listening, writer)
+        assert os.read(reader, 1) == b"."
+        self.servers.append(worker.pid)
+
+    def connect(
+        self,
+        count,
+        client,
+        comm,
+        server,
+        server_comm,
+        address,
+        port,
+        seen=(True, True),
+        family=None,
+        ports=(),
+    ):
+        """Have it done, and note it. seen: whether the client's and the server's tools were on."""
+        family = family or (socket.AF_INET6 if ":" in address else socket.AF_INET)
+        args = (client, self.cgroups, family, (address, port), count, ports)
+        Worker(comm.encode(), connect, *args).report()
+        source = ADDRESSES[client][":" in address and not address.startswith("::ffff:")]
+        address = address.replace("::ffff:", "")
+        self.note(
+            "connections",
+            count,
+            client,
+            comm,
+            source,
+            server,
+            server_comm,
+            address,
+            port,
+            seen,
+        )
+
+    def refused(self, count, client, comm, server, port):
+        address = ADDRESSES[server][0]
+        Worker(
+            comm.encode(), connect_refused, client, self.cgroups, (address, port), count
+        ).report()
+        self.note(
+            "failures",
+            count,
+            client,
+            comm,
+            ADDRESSES[client][0],
+            server,
+            None,
+            address,
+            port,
+            (True, False),
+        )
+
+    def note(
+        self,
+        what,
+        count,
+        client,
+        comm,
+        source,
+        server,
+        server_comm,
+        address,
+        port,
+        seen,
+    ):
+        self.done.append(
+            {
+                "what": what,
+                "count": count,
+                "client": client,
+                "client_comm": comm,
+                "source": source,
+                "server": server,
+                "server_comm": server_comm,
+                "address": address,
+                "port": port,
+                "client_seen": seen[0],
+                "server_seen": seen[1],
+            }
+        )
+
+    def end(self):
+        for pid in self.servers:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+
+
+@pytest.mark.skipif(not is_bookworm, reason="done on bookworm")
+def test_three_hosts(start, cgroups):
+    with network():
+        fleet = Fleet(start, cgroups)
+        try:
+            logs = work(fleet)
+        finally:
+            fleet.end()
+    RESULTS.mkdir()
+    for host, tools in logs.items():
+        for tool in tools:
+            assert tool.complaints() == []
+            with (RESULTS / f"{host}.json").open("a") as log:
+                log.write(tool.out.read_text())
+    (RESULTS / "done").write_text(json.dumps(fleet.done))
+
+
+def work(fleet):
+    """All that is done; returns {host: its tools}, which have ended."""
+    web, app, db, stranger = (ADDRESSES[host][0] for host in HOSTS)
+    web6, app6 = ADDRESSES["web1"][1], ADDRESSES["app2"][1]
+    local = "127.0.0.1"
+    fleet.serve("web1", "nginx", (web, 80), (web6, 80), (local, 8080))
+    fleet.serve("app2", "gunicorn", (app, 8000), (app6, 8000), (app, 8001))
+    fleet.serve("db3", "postgres", ("::", 5432), (local, 8080))
+    fleet.serve("stranger", "mail", (stranger, 25))
+
+    web_tools = fleet.tools("web1", "tcpconnect", "tcpaccept", "tcpconnect -x")
+    app_tools = fleet.tools("app2", "tcpconnect", "tcpaccept")
+    # Before db3's tools are on
+    fleet.connect(
+        11, "app2", "migrate", "db3", "postgres", db, 5432, seen=(True, False)
+    )
+    db_tools = fleet.tools("db3", "tcpconnect", "tcpaccept")
+
+    fleet.connect(23, "web1", "nginx-worker", "app2", "gunicorn", app, 8000)
+    fleet.connect(19, "web1", "nginx-worker", "app2", "gunicorn", app6, 8000)
+    fleet.connect(
+        7,
+        "app2",
+        "gunicorn",
+        "db3",
+        "postgres",
+        f"::ffff:{db}",
+        5432,
+        family=socket.AF_INET6,
+    )
+    fleet.connect(5, "app2", "gunicorn", "web1", "nginx", web, 80)
+    fleet.connect(2, "web1", "healthcheck", "web1", "nginx", web, 80)
+    # The same four addresses and ports on two hosts
+    fleet.connect(
+        3, "web1", "statsd", "web1", "nginx", local, 8080, ports=[40001, 40002, 40003]
+    )
+    fleet.connect(
+        3, "db3", "statsd", "db3", "postgres", local, 8080, ports=[40001, 40002, 40003]
+    )
+    # The same four addresses and ports, over and over, by two processes
+    fleet.connect(31, "web1", "celery", "app2", "gunicorn", app, 8001, ports=[45000])
+    fleet.connect(29, "web1", "flower", "app2", "gunicorn", app, 8001, ports=[45000])
+    fleet.refused(13, "web1", "nginx-worker", "app2", 81)
+    fleet.connect(
+        17, "stranger", "scanner", "web1", "nginx", web, 80, seen=(False, True)
+    )
+    fleet.connect(
+        37, "db3", "backup", "stranger", "mail", stranger, 25, seen=(True, False)
+    )
+
+    for tool in app_tools:
+        tool.end()
+    fleet.connect(
+        41, "web1", "deploy", "app2", "gunicorn", app, 8000, seen=(True, False)
+    )
+    fleet.connect(43, "app2", "deploy", "web1", "nginx", web6, 80, seen=(False, True))
+    app_tools += fleet.tools("app2", "tcpconnect", "tcpaccept")
+    fleet.connect(47, "web1", "monitor", "app2", "gunicorn", app, 8000)
+    fleet.connect(53, "app2", "monitor", "web1", "nginx", web6, 80)
+
+    logs = {"web1": web_tools, "app2": app_tools, "db3": db_tools}
+    for tool in (*web_tools, *app_tools[2:], *db_tools):
+        tool.end()
+    return logs

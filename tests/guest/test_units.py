@@ -1,0 +1,153 @@
+"""examples/fleet's units under a real systemd: one of its own, in a PID namespace, where the image has it."""
+
+import contextlib
+import json
+import pathlib
+import shutil
+import subprocess
+import time
+
+import pytest
+from conftest import DEADLINE, TOP, both_ways
+from traffic import connect_refused, run_mixed_traffic
+
+SYSTEMD = pathlib.Path("/lib/systemd/systemd")
+FLEET = TOP / "examples/fleet"
+COMMON = "tcptrace-.service.d"
+UNITS = ("tcptrace-connect", "tcptrace-failed", "tcptrace-accept")
+PARANOID = pathlib.Path("/proc/sys/kernel/perf_event_paranoid")
+CAP_PERFMON, CAP_BPF = 38, 39
+
+
+@pytest.fixture
+def installed():
+    """The tools and the units, as the README there says, and no journal of a test before."""
+    before = PARANOID.read_text()
+    for name in ("tcpconnect", "tcpaccept"):
+        shutil.copy(TOP / name, "/usr/local/sbin")
+    units = pathlib.Path("/etc/systemd/system")
+    for unit in UNITS:
+        shutil.copy(FLEET / f"{unit}.service", units)
+    shutil.copytree(FLEET / COMMON, units / COMMON, dirs_exist_ok=True)
+    shutil.copy(FLEET / "journald@tcptrace.conf", "/etc/systemd")
+    settings = shutil.copy(FLEET / "tcptrace-sysctl.conf", "/etc/sysctl.d")
+    subprocess.run(["sysctl", "--quiet", f"--load={settings}"], check=True)
+    shutil.rmtree("/var/log/journal", ignore_errors=True)
+    yield
+    PARANOID.write_text(before)
+
+
+def until(there_is):
+    """What there_is() gives, once it gives anything."""
+    deadline = time.monotonic() + DEADLINE
+    while not (found := there_is()):
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.2)
+    return found
+
+
+# systemd as the first process of a container: with a /run and a /tmp of its own, and without what would touch the guest's devices.
+START = """
+mount -t tmpfs none /run
+mount -t tmpfs none /tmp
+mkdir -p /run/systemd/system
+for unit in systemd-udevd systemd-udev-trigger systemd-modules-load systemd-sysctl; do
+    ln -s /dev/null /run/systemd/system/$unit.service
+done
+exec env container=guest /lib/systemd/systemd --unit=basic.target
+"""
+
+
+@contextlib.contextmanager
+def systemd():
+    """Yields run(*command), which runs a command where that systemd is, and gives its stdout."""
+    namespaces = ("--pid", "--mount", "--cgroup")
+    alone = ("unshare", *namespaces, "--fork", "--mount-proc", "--kill-child")
+    with subprocess.Popen([*alone, "sh", "-c", START]) as process:
+        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        enter = (
+            "nsenter",
+            f"--target={until(children.read_text).strip()}",
+            *namespaces,
+        )
+
+        def run(*command):
+            command = [*enter, *command]
+            return subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, check=False
+            ).stdout
+
+        try:
+            until(lambda: run("systemctl", "is-system-running") == "running\n")
+            yield run
+        finally:
+            process.kill()
+
+
+def status_of(text):
+    return dict(line.split(":\t", 1) for line in text.splitlines())
+
+
+@pytest.mark.skipif(not SYSTEMD.exists(), reason="this guest has no systemd")
+@both_ways
+@pytest.mark.usefixtures("installed")
+def test_units(way):
+    """They trace, as nobody with two capabilities; their rows are in a journal; and a killed one comes back."""
+    with systemd() as run:
+
+        def lines(unit):
+            text = run(
+                "journalctl", "--namespace=tcptrace", "--output=cat", f"--unit={unit}"
+            )
+            return text.splitlines()
+
+        def rows(unit):
+            return [json.loads(line) for line in lines(unit) if line.startswith("{")]
+
+        def starts(unit):
+            return sum(line.endswith(": tracing") for line in lines(unit))
+
+        def pid_of(unit):
+            return run(
+                "systemctl", "show", "--value", "--property=MainPID", unit
+            ).strip()
+
+        run(
+            "systemctl", "set-environment", "TCPTRACE_DEBUG=1"
+        )  # which says when tracing is on
+        run("systemctl", "start", *UNITS)
+        for unit in UNITS:
+            until(lambda unit=unit: starts(unit) == 1)
+            status = status_of(run("cat", f"/proc/{pid_of(unit)}/status"))
+            for which in ("CapEff", "CapPrm", "CapBnd", "CapAmb"):
+                assert int(status[which], 16) == 1 << CAP_PERFMON | 1 << CAP_BPF
+            assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+            assert "0" not in status["Uid"].split()
+
+        connects, accepts = run_mixed_traffic()
+        port = connect_refused("127.0.0.1")
+        until(lambda: len(rows("tcptrace-connect")) == len(connects) + 1)
+        until(lambda: len(rows("tcptrace-accept")) == len(accepts))
+        [failed] = until(lambda: rows("tcptrace-failed"))
+        assert (failed["event"], failed["dport"], failed["error"]) == (
+            "connect_failed",
+            port,
+            "ECONNREFUSED",
+        )
+        shown = [row.split() for row in connects]
+        seen = rows("tcptrace-connect")[:-1]
+        assert [
+            [str(row[key]) for key in ("pid", "comm", "ip", "saddr", "daddr", "dport")]
+            for row in seen
+        ] == shown
+        shown = [row.split() for row in accepts]
+        seen = rows("tcptrace-accept")
+        assert [
+            [str(row[key]) for key in ("pid", "comm", "ip", "saddr", "daddr", "dport")]
+            for row in seen
+        ] == shown
+
+        run("kill", "-9", pid_of(UNITS[0]))
+        until(lambda: starts(UNITS[0]) == 2)
+        run("systemctl", "stop", *UNITS)
+        assert run("systemctl", "list-units", "--failed", "--no-legend") == ""

@@ -1,0 +1,765 @@
+"""examples/fleet: the questions on lines whose answers are known, servicemap as a command, and the other files there."""
+
+import contextlib
+import datetime
+import json
+import os
+import pty
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from conftest import TOP, load
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+FLEET = TOP / "examples/fleet"
+SERVICEMAP = FLEET / "servicemap"
+BEGIN = datetime.datetime(2026, 11, 24, 10, 0, 0)
+WEB1, DB2, STRANGER = "10.0.0.1", "10.0.0.2", "198.51.100.7"
+LONGEST_WAIT, CLOCK_DIFFERENCE = 60_000_000, 1_000_000  # µs, as schema.sql has them
+
+servicemap = load("examples/fleet/servicemap")
+servicemap.import_chdb()
+
+
+def event(kind, at, host, comm, saddr=WEB1, sport=40000, daddr=DB2, dport=80, **more):
+    """An event as the tools print it; at: µs since BEGIN."""
+    ts = BEGIN + datetime.timedelta(microseconds=at)
+    return {
+        "ts": ts.isoformat(timespec="microseconds") + "Z",
+        "host": host,
+        "event": kind,
+        "pid": 181,
+        "tid": 182,
+        "uid": 0,
+        "comm": comm,
+        "ip": 6 if ":" in saddr else 4,
+        "saddr": saddr,
+        "sport": sport,
+        "daddr": daddr,
+        "dport": dport,
+        **dict(netns=4026531840, cgroup=5251, **more),
+    }
+
+
+def connect(at, comm="curl", host="web1", **more):
+    return event("connect", at, host, comm, **more)
+
+
+def accept(at, comm="nginx", host="db2", **more):
+    return event("accept", at, host, comm, **more)
+
+
+def text(events):
+    return "".join(json.dumps(one) + "\n" for one in events).encode()
+
+
+@contextlib.contextmanager
+def database(*events):
+    with servicemap.database() as session:
+        assert servicemap.load_chunk(session, text(events)) == []
+        yield session
+
+
+def answer(events, question="servicemap"):
+    with database(*events) as session:
+        return servicemap.ask(session, (FLEET / f"{question}.sql").read_text())
+
+
+def edges(events):
+    """{(client host, name, address, server host, name, address, port): connections}"""
+    return {tuple(row.values())[:7]: row["connections"] for row in answer(events)}
+
+
+def edge(client="web1 curl", server="db2 nginx", port=80):
+    """An edge whose ends are "host name", "host ? address" or "? address"."""
+
+    def end(words):
+        *host, last = words.split()
+        if "?" in host:
+            return (host[0] if host[0] != "?" else "", "", last)
+        return (host[0], last, "")
+
+    return (*end(client), *end(server), port)
+
+
+HALF_CLIENT = edge(server=f"? {DB2}")
+HALF_SERVER = edge(client=f"? {WEB1}")
+
+
+def test_connect_and_accept_are_one_edge():
+    [row] = answer(
+        [
+            connect(0),
+            accept(250),
+            connect(10, sport=40001),
+            accept(9_999_999, sport=40001),
+        ]
+    )
+    assert row == {
+        "client_host": "web1",
+        "client_comm": "curl",
+        "client_address": "",
+        "server_host": "db2",
+        "server_comm": "nginx",
+        "server_address": "",
+        "port": 80,
+        "known": "both",
+        "connections": 2,
+        "first_seen": "2026-11-24T10:00:00.000000Z",
+        "last_seen": "2026-11-24T10:00:00.000010Z",
+    }
+
+
+@pytest.mark.parametrize(
+    "client, server",
+    [
+        ({"saddr": "2001:db8::1", "daddr": "2001:db8::2"},) * 2,
+        ({"saddr": "::ffff:10.0.0.1", "daddr": "::ffff:10.0.0.2"}, {}),
+        ({}, {"saddr": "::ffff:10.0.0.1", "daddr": "::ffff:10.0.0.2"}),
+    ],
+    ids=["IPv6", "mapped client", "mapped server"],
+)
+def test_addresses(client, server):
+    assert edges([connect(0, **client), accept(9, **server)]) == {edge(): 1}
+
+
+def test_one_side_is_missing():
+    assert edges([connect(0)]) == {HALF_CLIENT: 1}
+    assert edges([accept(0)]) == {HALF_SERVER: 1}
+
+
+def test_a_half_known_end_has_its_hosts_name_where_the_fleet_has_its_address():
+    others = [
+        connect(0, saddr=DB2, daddr=WEB1, dport=22),
+        accept(9, "sshd", "web1", saddr=DB2, daddr=WEB1, dport=22),
+    ]
+    others[0].update(host="db2", comm="ssh")
+    known = {edge("db2 ssh", "web1 sshd", 22): 1}
+    assert edges([*others, connect(0)]) == {**known, edge(server=f"db2 ? {DB2}"): 1}
+    assert edges([*others, accept(0)]) == {**known, edge(client=f"web1 ? {WEB1}"): 1}
+
+
+def known(events):
+    """How many connections have both ends, the client's only, the server's only."""
+    count = Counter()
+    for row in answer(events):
+        count[row["known"]] += row["connections"]
+    return count["both"], count["client"], count["server"]
+
+
+# Connects and accepts of one flow, at times in ms, and what is known of them.
+@pytest.mark.parametrize(
+    "events, expected",
+    [
+        ("C0 A1 C60000 A60001 C120000 A120001", (3, 0, 0)),
+        ("C0 A1 C60000 C120000 A120001", (2, 1, 0)),
+        ("C0 A1 A60001 C120000 A120001", (2, 0, 1)),
+        ("C0 A1 C2 A3 C4 A5", (3, 0, 0)),
+        ("C0 A40000 C40001 A79000 C79002 A79003", (3, 0, 0)),
+        ("C0 C1 A2", (1, 1, 0)),
+        ("C0 A1 A2", (1, 0, 1)),
+        ("C0 A60000", (1, 0, 0)),
+        ("C0 A60001", (0, 1, 1)),
+        ("A0 C1000", (1, 0, 0)),
+        ("A0 C1001", (0, 1, 1)),
+        ("A0 C500 A30000 C30500 A60000 C60500", (3, 0, 0)),
+        ("A0 C500 C30500 A60000 C60500", (2, 1, 0)),
+        ("C0 A0", (1, 0, 0)),
+    ],
+)
+def test_ports_are_reused_and_clocks_differ(events, expected):
+    made = {"C": connect, "A": accept}
+    assert known(made[e[0]](int(e[1:]) * 1000) for e in events.split()) == expected
+
+
+def test_a_port_that_another_process_uses_next():
+    events = [
+        connect(0),
+        accept(1),
+        connect(70_000_000, "wget"),
+        accept(70_000_001, "haproxy"),
+    ]
+    assert edges(events) == {edge(): 1, edge("web1 wget", "db2 haproxy"): 1}
+
+
+def test_late_and_doubled_lines():
+    events = [
+        make(n * 1000 + offset, sport=40000 + n % 7)
+        for n in range(31)
+        for make, offset in ((connect, 0), (accept, 300))
+        if (n, make) not in ((5, connect), (11, accept), (13, accept))
+    ]
+    expected = answer(events)
+    shuffled = events * 3
+    random.Random(6).shuffle(shuffled)
+    with servicemap.database() as session:
+        for one in shuffled:  # inserted one by one, as late as can be
+            servicemap.load_chunk(session, text([one]))
+        question = (FLEET / "servicemap.sql").read_text()
+        assert servicemap.ask(session, question) == expected
+    assert {row["known"]: row["connections"] for row in expected} == {
+        "both": 28,
+        "client": 2,
+        "server": 1,
+    }
+
+
+def pairs(flow):
+    """What is known of the events of a flow, [(time, kind)], found step by step, without runs and windows."""
+    flow, both, alone = sorted(flow), 0, Counter()
+    while flow:
+        (time, kind), *flow = flow
+        limit = LONGEST_WAIT if kind == "C" else CLOCK_DIFFERENCE
+        if flow and flow[0][1] != kind and flow[0][0] - time <= limit:
+            both, flow = both + 1, flow[1:]
+        else:
+            alone[kind] += 1
+    return both, alone["C"], alone["A"]
+
+
+TIMES = st.one_of(st.integers(0, 5), st.integers(0, 300)).map(lambda n: n * 500_000)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(TIMES, st.sampled_from("CA")),
+        min_size=1,
+        max_size=12,
+        unique_by=lambda one: one[0],
+    )
+)
+def test_any_flow(flow):
+    events = [{"C": connect, "A": accept}[kind](time) for time, kind in flow]
+    assert known(events) == pairs(flow)
+
+
+def test_a_connect_that_failed_is_no_edge():
+    failed = event("connect_failed", 800, "web1", "curl", error="ECONNREFUSED")
+    at_once = event(
+        "connect_failed",
+        9,
+        "web1",
+        "curl",
+        "0.0.0.0",
+        0,
+        STRANGER,
+        443,
+        error="ENETUNREACH",
+    )
+    events = [
+        connect(0),
+        failed,
+        failed,
+        connect(2_000_000),
+        accept(2_000_100),
+        at_once,
+    ]
+    assert edges(events) == {edge(): 1}
+    rows = answer(events, "failures")
+    assert [tuple(row.values())[:7] for row in rows] == [
+        ("web1", "curl", "db2", DB2, 80, "ECONNREFUSED", 1),
+        ("web1", "curl", "", STRANGER, 443, "ENETUNREACH", 1),
+    ]
+    assert rows[0]["first_seen"] == rows[0]["last_seen"]
+    assert rows[0]["last_seen"] == "2026-11-24T10:00:00.000800Z"
+
+
+@pytest.mark.parametrize("loopback", ["127.0.0.1", "127.5.5.5", "::1"])
+def test_every_host_and_namespace_has_a_loopback_of_its_own(loopback):
+    here = {"saddr": loopback, "daddr": loopback}
+    events = [
+        one
+        for host, netns in (("web1", 1), ("db2", 1), ("db2", 2))
+        for one in (
+            {**connect(0, f"curl{netns}", host, **here), "netns": netns, "pid": netns},
+            {**accept(1, f"nginx{netns}", host, **here), "netns": netns, "pid": netns},
+        )
+    ]
+    random.Random(6).shuffle(events)
+    assert edges(events) == {
+        edge("web1 curl1", "web1 nginx1"): 1,
+        edge("db2 curl1", "db2 nginx1"): 1,
+        edge("db2 curl2", "db2 nginx2"): 1,
+    }
+    assert edges([connect(0, **here)]) == {edge(server=f"web1 ? {loopback}"): 1}
+    assert answer([connect(0, **here)], "unknown") == []
+
+
+def test_unknown():
+    events = [
+        *(connect(0), accept(1)),
+        *(connect(n, sport=40007 + n, daddr=STRANGER, dport=443) for n in range(3)),
+        *(accept(n, sport=50000 + n, saddr=STRANGER) for n in range(5)),
+        connect(7, sport=40003),  # db2 has not told of it
+    ]
+    assert [tuple(row.values())[:6] for row in answer(events, "unknown")] == [
+        ("accept", "db2", "nginx", STRANGER, 80, 5),
+        ("connect", "web1", "curl", STRANGER, 443, 3),
+    ]
+    assert edges(events) == {
+        edge(): 1,
+        edge(server=f"? {STRANGER}", port=443): 3,
+        edge(client=f"? {STRANGER}"): 5,
+        edge(server=f"db2 ? {DB2}"): 1,
+    }
+
+
+def lost(host, count, reason="no room in the buffer"):
+    return {
+        "ts": "2026-11-24T10:00:00.5Z",
+        "host": host,
+        "event": "lost",
+        "count": count,
+        "reason": reason,
+    }
+
+
+def test_lost():
+    with database(
+        connect(0), lost("web1", 13), lost("web1", 13), lost("db2", 17)
+    ) as session:
+        rows = servicemap.ask(session, (FLEET / "lost.sql").read_text())
+    assert [(row["host"], row["events"]) for row in rows] == [("db2", 17), ("web1", 13)]
+
+
+def test_the_shippers_insert():
+    """What Vector's clickhouse sink sends (JSONEachRow, unknown fields skipped) gives the rows that servicemap makes."""
+    events = [connect(0), accept(1, saddr="::ffff:10.0.0.1"), lost("db2", 17)]
+    events += [
+        event(
+            "connect_failed",
+            5,
+            "web1",
+            "curl",
+            error="ETIMEDOUT",
+            query="www.example.com (7 ms)",
+        )
+    ]
+    everything = "SELECT * FROM tcp_events ORDER BY ALL"
+    with database(*events) as session:
+        ours = servicemap.ask(session, everything)
+    with servicemap.database() as session:
+        session.query("SET input_format_skip_unknown_fields = 1")
+        session.query(
+            "INSERT INTO tcp_events FORMAT JSONEachRow " + text(events).decode()
+        )
+        assert servicemap.ask(session, everything) == ours
+    assert len(ours) == 4
+
+
+def test_a_question_about_some_hours_reads_these_only():
+    events = [
+        connect(n * 3_600_000_000, sport=40000 + m)
+        for n in range(8)
+        for m in range(9000)
+    ]
+    with database(*events) as session:
+        session.query("OPTIMIZE TABLE tcp_events FINAL")
+        bounds = "SETTINGS additional_table_filters = {'tcp_events': 'toStartOfHour(ts) = toDateTime(1795521600)'}"
+        count = f"SELECT count() AS n, min(ts) AS first, max(ts) AS last FROM tcp_connections {bounds}"
+        hour = "2026-11-24T12:00:00.000000Z"
+        assert servicemap.ask(session, count) == [
+            {"n": 9000, "first": hour, "last": hour}
+        ]
+        plan = session.query(f"EXPLAIN indexes = 1 {count}", "TSVRaw").bytes().decode()
+    read, of = re.findall(r"Granules: (\d+)/(\d+)", plan)[-1]
+    assert int(read) * 3 < int(of)
+
+
+CLUSTER = """
+<clickhouse>
+    <tcp_port>9000</tcp_port>
+    <macros><cluster>fleet</cluster></macros>
+    <remote_servers><fleet>{shards}</fleet></remote_servers>
+</clickhouse>
+"""
+SHARD = "<shard><replica><host>localhost</host><port>9000</port></replica></shard>"
+
+# chdb has no ON CLUSTER, which says where a statement runs. The servers of this cluster are all this process.
+ASK_CLUSTER = """
+import json, pathlib, sys
+from chdb.session import Session
+folder, config, lines = sys.argv[1:]
+fleet = pathlib.Path(folder)
+session = Session(f":memory:?config-file={config}")
+session.query("CREATE DATABASE fleet_local; USE fleet_local")
+session.query((fleet / "schema.sql").read_text())
+session.query((fleet / "cluster.sql").read_text().replace(" ON CLUSTER '{cluster}'", ""))
+session.query("USE fleet; SET distributed_foreground_insert = 1, input_format_skip_unknown_fields = 1")
+session.query("SET date_time_output_format = 'iso'")
+session.query("INSERT INTO tcp_events FORMAT JSONEachRow " + pathlib.Path(lines).read_text())
+for name in ("servicemap", "failures", "unknown", "lost"):
+    answer = session.query((fleet / f"{name}.sql").read_text(), "JSONEachRow").bytes()
+    print(json.dumps([json.loads(line) for line in answer.splitlines()]))
+"""
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_cluster(tmp_path, servers):
+    """The same questions on distributed tables. Two servers are both this one here: each joins, and counts everything."""
+    now = datetime.datetime.now(datetime.UTC).isoformat()  # no older than the TTL
+    events = [connect(n, sport=40000 + n) for n in range(31)] + [
+        accept(n + 5, sport=40000 + n) for n in range(3, 37)
+    ]
+    events += [
+        event("connect_failed", 5, "web1", "curl", error="ETIMEDOUT", dport=81),
+        lost("db2", 17),
+    ]
+    shift = datetime.datetime.fromisoformat(now).replace(tzinfo=None) - BEGIN
+    for one in events:
+        moved = (
+            datetime.datetime.fromisoformat(one["ts"].rstrip("Z").ljust(26, "0"))
+            + shift
+        )
+        one["ts"] = moved.isoformat(timespec="microseconds") + "Z"
+    config, lines = tmp_path / "config.xml", tmp_path / "lines"
+    config.write_text(CLUSTER.format(shards=SHARD * servers))
+    lines.write_bytes(text(events))
+    said = subprocess.run(
+        [sys.executable, "-c", ASK_CLUSTER, FLEET, config, lines],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    names = ("servicemap", "failures", "unknown", "lost")
+    for name, line in zip(names, said.splitlines()):
+        expected = answer(events, name)
+        for row in expected:
+            count = next(n for n in ("connections", "failures", "events") if n in row)
+            row[count] *= servers
+        assert json.loads(line) == expected
+    assert len(said.splitlines()) == len(names)
+
+
+# ---- servicemap as a command
+
+
+def run(*args, stdin=b"", **options):
+    """(stdout, stderr, exit status)"""
+    done = subprocess.run(
+        [sys.executable, SERVICEMAP, *args],
+        input=stdin,
+        capture_output=True,
+        timeout=300,
+        check=False,
+        **options,
+    )
+    return done.stdout.decode(), done.stderr.decode(), done.returncode
+
+
+def test_table(tmp_path):
+    first, second = tmp_path / "web1.json", tmp_path / "db2.json"
+    first.write_bytes(
+        text(
+            [
+                connect(0),
+                connect(2_000_000, sport=40001),
+                connect(5, sport=40009, daddr=STRANGER, dport=443),
+            ]
+        )
+    )
+    second.write_bytes(text([accept(300)]))
+    out, err, status = run(first, second)
+    assert (err, status) == ("", 0)
+    assert out == (
+        "CLIENT COMM SERVER       COMM  PORT COUNT FIRST                LAST\n"
+        "web1   curl 198.51.100.7 -     443  1     2026-11-24T10:00:00Z 2026-11-24T10:00:00Z\n"
+        "web1   curl db2          -     80   1     2026-11-24T10:00:02Z 2026-11-24T10:00:02Z\n"
+        "web1   curl db2          nginx 80   1     2026-11-24T10:00:00Z 2026-11-24T10:00:00Z\n"
+    )
+    assert run("-", second, stdin=first.read_bytes())[0] == out
+    assert run("--unknown", first, second)[0] == (
+        "EVENT   HOST COMM ADDRESS      PORT COUNT FIRST                LAST\n"
+        "connect web1 curl 198.51.100.7 443  1     2026-11-24T10:00:00Z 2026-11-24T10:00:00Z\n"
+    )
+    assert run("--failures", first) == (
+        "CLIENT COMM SERVER PORT ERR COUNT FIRST LAST\n",
+        "",
+        0,
+    )
+
+
+def test_bad_lines(tmp_path):
+    """Each is counted and the first few named, at its number; blank lines are nothing."""
+    good, refusals = connect(0), []
+    for change in (
+        *(
+            {"sport": 65536},
+            {"sport": -1},
+            {"saddr": "10.0.0"},
+            {"daddr": 7},
+            {"ts": "today"},
+        ),
+        *({"event": "closed"}, {"pid": None}, {"host": ""}),
+    ):
+        refusals.append(json.dumps({**good, **change}).encode())
+    refusals += [
+        b"rubbish",
+        b"\xff\xfe{",
+        b"[]",
+        b"{}",
+        b"5",
+        json.dumps(good).encode()[:-1],
+        b"rubbish\r",
+    ]
+    refusals += [
+        json.dumps(
+            {key: value for key, value in good.items() if key != "daddr"}
+        ).encode()
+    ]
+    lines = [
+        json.dumps(good).encode(),
+        b"",
+        b" \r",
+        *refusals,
+        json.dumps(accept(1)).encode() + b"\r",
+    ]
+    file = tmp_path / "lines"
+    file.write_bytes(b"\n".join(lines))
+    out, err, status = run("--json", file)
+    assert (json.loads(out)["connections"], status) == (1, 0)
+    said = err.splitlines()
+    assert (
+        said[-1]
+        == f"servicemap: {len(refusals)} of {len(lines)} lines are not the tools', and left out"
+    )
+    assert [
+        re.match(r"servicemap: .*/lines, line (\d+) ", line)[1] for line in said[:-1]
+    ] == list("45678")
+
+
+def test_lost_events_are_told():
+    out, err, status = run(stdin=text([connect(0), lost("web\x1b1", 17)]))
+    assert (len(out.splitlines()), status) == (2, 0)
+    assert (
+        err
+        == "servicemap: web\\x1b1 lost 17 events, no room in the buffer: what they were is missing here\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "args, stdin, message",
+    [
+        (["missing"], b"", "cannot read missing: No such file or directory"),
+        (["/"], b"", "cannot read /: Is a directory"),
+        (
+            [],
+            b"\n",
+            "no events: it takes lines of tcpconnect --json or tcpaccept --json",
+        ),
+    ],
+)
+def test_errors(args, stdin, message):
+    assert run(*args, stdin=stdin) == ("", f"servicemap: error: {message}\n", 1)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--dot", "--mermaid"],
+        ["--failures", "--unknown"],
+        ["--dot", "--unknown"],
+        ["--nonsense"],
+    ],
+)
+def test_bad_arguments(args):
+    out, err, status = run(
+        *args, env={"PATH": os.environ["PATH"], "PYTHONPATH": "/nowhere"}
+    )
+    assert (out, status) == ("", 2)
+    assert "servicemap: error: " in err
+
+
+def test_without_chdb():
+    done = subprocess.run(
+        ["/usr/bin/python3", "-S", SERVICEMAP],
+        input="",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.returncode) == ("", 1)
+    assert (
+        done.stderr
+        == "servicemap: error: cannot load chdb (No module named 'chdb'): pip install chdb\n"
+    )
+
+
+def test_the_reader_goes_and_the_disk_is_full(tmp_path):
+    lines = text(
+        connect(n, sport=n + 1, daddr=f"10.1.{n >> 8}.{n & 255}") for n in range(5000)
+    )
+    file = tmp_path / "lines"
+    file.write_bytes(lines)
+    with subprocess.Popen(
+        [sys.executable, SERVICEMAP, file],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, SERVICEMAP, file],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (done.stderr, done.returncode) == (
+        b"servicemap: error: cannot write: No space left on device\n",
+        1,
+    )
+
+
+def test_no_room_for_the_database(tmp_path):
+    small = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o size=2m none "$0" && exec "$@"',
+        tmp_path,
+    ]
+    if subprocess.run([*small, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a small file system here")
+    lines = text(
+        connect(n, sport=n & 65535, daddr=f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}")
+        for n in range(200_000)
+    )
+    done = subprocess.run(
+        [*small, sys.executable, SERVICEMAP],
+        input=lines,
+        capture_output=True,
+        check=False,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert (done.stdout, done.returncode) == (b"", 1)
+    form = f"servicemap: error: no room in {tmp_path} \\(.*\\): set TMPDIR to a folder with more\n"
+    assert re.fullmatch(form, done.stderr.decode())
+
+
+def test_nothing_stays_behind(tmp_path):
+    run(stdin=text([connect(0)]), env={**os.environ, "TMPDIR": str(tmp_path)})
+    run(stdin=b"rubbish", env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_for_a_person(tmp_path):
+    file = tmp_path / "lines"
+    file.write_bytes(text([connect(0), accept(1)]))
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, SERVICEMAP, file], stdout=subprocess.PIPE, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        out = process.stdout.read()
+        said = b""
+        with contextlib.suppress(OSError):  # EIO: the other side is closed
+            while more := os.read(ours, 1000):
+                said += more
+    os.close(ours)
+    assert b"servicemap: 0 MB read\x1b[K\rservicemap: joining" in said
+    assert out.startswith(b"CLIENT")
+
+
+# ---- pictures
+
+HOSTILE = [
+    "a\nb",
+    "\x1b[31mred",
+    'quote"] --> x',
+    "back\\slash\\",
+    "`md` **b**",
+    "<img src=x>",
+    "end",
+    "a|b;c#d&amp;",
+    "\u202eabc",
+    "]]}}",
+    "",
+    " ",
+]
+
+
+def hostile_events():
+    for n, name in enumerate(HOSTILE):
+        yield connect(n, name, f"web{name}", sport=40000 + n)
+        yield accept(n + 1, name, sport=40000 + n)
+
+
+def test_hostile_names_in_a_table():
+    out, err, status = run(stdin=text(hostile_events()))
+    assert (err, status) == ("", 0)
+    assert len(out.splitlines()) == 1 + len(HOSTILE)
+    assert out.replace("\n", "").isprintable()
+
+
+def test_graphviz_reads_what_dot_writes():
+    out, _, _ = run(
+        "--dot",
+        stdin=text([*hostile_events(), accept(0, "sshd", saddr=STRANGER, dport=22)]),
+    )
+    read = subprocess.run(
+        ["dot", "-Tjson"], input=out, capture_output=True, text=True, check=True
+    )
+    assert read.stderr == ""
+    picture = json.loads(read.stdout)
+    objects, drawn = picture["objects"], picture["edges"]
+    labels = Counter(one["label"] for one in objects)
+    names = [servicemap.printable(name).replace("\\", "\\\\") for name in HOSTILE]
+    assert labels == Counter(
+        [*names * 2, *(f"web{name}" for name in names), "db2", "sshd", STRANGER]
+    )
+    assert Counter(one["label"] for one in drawn) == {
+        "80 (1)": len(HOSTILE),
+        "22 (1)": 1,
+    }
+    [dashed] = [one for one in drawn if one.get("style") == "dashed"]
+    assert objects[dashed["tail"]]["label"] == STRANGER
+
+
+def test_mermaid_gets_no_character_that_it_would_understand():
+    """And no empty label, which it does not take."""
+    events = [*hostile_events(), accept(0, "sshd", saddr=STRANGER, dport=22)]
+    out, _, _ = run("--mermaid", stdin=text(events))
+    label = r'"(?:[\w .:/()-]|#\d+;)+"'
+    node, arrow = rf"n\d+\[{label}\]", r"(-->|-\.->)"
+    form = rf"flowchart LR|    subgraph h\d+\[{label}\]|    end| +{node}|    n\d+ {arrow}\|{label}\| n\d+"
+    lines = out.splitlines()
+    assert [line for line in lines if not re.fullmatch(form, line)] == []
+    shown = {
+        re.sub(r"#(\d+);", lambda found: chr(int(found[1])), name)
+        for name in re.findall(r'\["(.*?)"\]', out)
+    }
+    names = [servicemap.printable(name) for name in HOSTILE]
+    hosts = {"db2", *(f"web{name}" for name in names)}
+    assert shown == hosts | {name or " " for name in names} | {"sshd", STRANGER}
+    dashed = [line for line in lines if "-.->" in line]
+    assert dashed == [line for line in lines if '"22 (1)"' in line] != []
+
+
+# ---- the shipper
+
+
+def test_vectors_configuration():
+    """As far as can be said without Vector: it reads the units' journal, and inserts where the schema is."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    config = tomllib.loads((FLEET / "vector.toml").read_text())
+    source, sink = config["sources"]["journal"], config["sinks"]["clickhouse"]
+    common = (FLEET / "tcptrace-.service.d/common.conf").read_text()
+    assert f"\nLogNamespace={source['journal_namespace']}\n" in common
+    assert (FLEET / f"journald@{source['journal_namespace']}.conf").exists()
+    units = {path.stem for path in FLEET.glob("*.service")}
+    assert set(source["include_units"]) == units
+    assert f"{sink['database']}.{sink['table']} " in (FLEET / "cluster.sql").read_text()
+    known = set(config["sources"]) | set(config["transforms"]) | {"rows.dropped"}
+    parts = [*config["transforms"].values(), *config["sinks"].values()]
+    assert all(name in known for part in parts for name in part["inputs"])
+    assert (sink["buffer"]["type"], sink["buffer"]["when_full"]) == ("disk", "block")
+    assert sink["acknowledgements"]["enabled"]

@@ -1,0 +1,151 @@
+"""The lines of three traced hosts (tests/guest/test_fleet.py), joined: the map must equal what was done, edge by edge."""
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from conftest import TOP
+
+HOSTS = ("web1", "app2", "db3")
+
+
+@pytest.fixture(scope="module")
+def fleet(request):
+    """The folder with a file of lines for each host, and what was done."""
+    results = request.config.getoption("--guest-results", None)
+    guest = results / "bookworm" if results else None
+    if not guest or not (guest / "report.xml").exists():
+        pytest.skip("bookworm's guest has not run")
+    if "test_three_hosts" not in (guest / "report.xml").read_text():
+        pytest.skip("bookworm's guest has run other tests")
+    return guest / "fleet"
+
+
+def lines_of(fleet, hosts):
+    return b"".join((fleet / f"{host}.json").read_bytes() for host in hosts)
+
+
+def answer(lines, *args):
+    command = [sys.executable, TOP / "examples/fleet/servicemap", "--json", *args]
+    done = subprocess.run(command, input=lines, capture_output=True, check=True)
+    assert done.stderr == b""
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def work(fleet, hosts):
+    """What was done and who tells of it, if only these hosts' lines are there: (what, whether client, server tell)."""
+    for one in json.loads((fleet / "done").read_text()):
+        client = one["client_seen"] and one["client"] in hosts
+        server = one["server_seen"] and one["server"] in hosts
+        if client or server:
+            yield one, client, server
+
+
+def addresses(fleet, hosts):
+    """{address: host} that the lines of these hosts know."""
+    known = {}
+    for one, client, server in work(fleet, hosts):
+        known.update({one["source"]: one["client"]} if client else {})
+        known.update({one["address"]: one["server"]} if server else {})
+    return known
+
+
+def expected_map(fleet, hosts):
+    names, edges = addresses(fleet, hosts), Counter()
+    for one, client, server in work(fleet, hosts):
+        if one["what"] != "connections":
+            continue
+        from_ = (one["client"], one["client_comm"], "")
+        to = (one["server"], one["server_comm"], "")
+        if not client:
+            from_ = (names.get(one["source"], ""), "", one["source"])
+        if not server:
+            to = (names.get(one["address"], ""), "", one["address"])
+        side = "both" if client and server else "client" if client else "server"
+        edges[(*from_, *to, one["port"], side)] += one["count"]
+    return edges
+
+
+def found_map(lines):
+    rows = [(*row.values(),) for row in answer(lines)]
+    found = {row[:8]: row[8] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+@pytest.mark.parametrize("missing", [None, *HOSTS])
+def test_map(fleet, missing):
+    """Of a host whose lines are missing, edges are known by half."""
+    hosts = [host for host in HOSTS if host != missing]
+    found = found_map(lines_of(fleet, hosts))
+    assert found == expected_map(fleet, hosts)
+    assert len(found) > 5
+
+
+def test_map_of_late_and_doubled_lines(fleet):
+    lines = lines_of(fleet, HOSTS).splitlines(keepends=True) * 2
+    random.Random(6).shuffle(lines)
+    assert found_map(b"".join(lines)) == expected_map(fleet, HOSTS)
+
+
+@pytest.mark.parametrize("missing", [None, "db3"])
+def test_unknown(fleet, missing):
+    hosts = [host for host in HOSTS if host != missing]
+    names, expected = addresses(fleet, hosts), Counter()
+    for one, client, server in work(fleet, hosts):
+        if one["what"] == "connections" and not server and one["address"] not in names:
+            expected[
+                "connect",
+                one["client"],
+                one["client_comm"],
+                one["address"],
+                one["port"],
+            ] += one["count"]
+        if one["what"] == "connections" and not client and one["source"] not in names:
+            expected[
+                "accept", one["server"], one["server_comm"], one["source"], one["port"]
+            ] += one["count"]
+    rows = [(*row.values(),) for row in answer(lines_of(fleet, hosts), "--unknown")]
+    assert {row[:5]: row[5] for row in rows} == expected
+    assert len(rows) == len(expected) == {None: 2, "db3": 3}[missing]
+
+
+def test_failures(fleet):
+    [refused] = [one for one, _, _ in work(fleet, HOSTS) if one["what"] == "failures"]
+    [row] = answer(lines_of(fleet, HOSTS), "--failures")
+    assert (*row.values(),)[:7] == (
+        refused["client"],
+        refused["client_comm"],
+        refused["server"],
+        refused["address"],
+        refused["port"],
+        "ECONNREFUSED",
+        refused["count"],
+    )
+
+
+def test_without_failures_a_refused_connect_looks_like_a_half(fleet):
+    """Where tcpconnect -x does not run, nothing tells that it was refused."""
+    lines = [
+        line
+        for line in lines_of(fleet, HOSTS).splitlines(keepends=True)
+        if b'"connect_failed"' not in line
+    ]
+    [refused] = [one for one, _, _ in work(fleet, HOSTS) if one["what"] == "failures"]
+    half = (
+        refused["client"],
+        refused["client_comm"],
+        "",
+        refused["server"],
+        "",
+        refused["address"],
+        refused["port"],
+        "client",
+    )
+    assert found_map(b"".join(lines)) == {
+        **expected_map(fleet, HOSTS),
+        half: refused["count"],
+    }
