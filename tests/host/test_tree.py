@@ -36,7 +36,7 @@ def check(*command):
 
 
 def test_ruff():
-    python = (*TOOLS, "examples/fleet/servicemap", "tests")
+    python = (*TOOLS, "examples/fleet/servicemap", "tests", "tests/bench")
     ruff = pathlib.Path(sys.prefix) / "bin/ruff"
     check(ruff, "check", "--no-cache", *python)
     check(ruff, "format", "--check", "--no-cache", *python)
