@@ -38,7 +38,7 @@ def parse(text):
 
 def versions(text):
     """The line below the table."""
-    return re.search(r"^Linux \S+, python3-bpfcc \S.*$", text, re.MULTILINE).group()
+    return re.search(r"^Linux \S+, .*python3-bpfcc \S.*$", text, re.MULTILINE).group()
 
 
 def test_a_table():
@@ -98,7 +98,7 @@ def test_the_readmes_table():
         for middle, least, most, ratio in tools.values():
             assert least <= middle <= most
             if ratio is not None:
-                assert ratio == pytest.approx(middle / tools["bcc's"][0], abs=0.006)
+                assert ratio == pytest.approx(middle / tools["bcc's"][0], abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["tcpconnect", "tcpaccept"])
