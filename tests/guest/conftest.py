@@ -40,6 +40,15 @@ def pytest_sessionstart(session):
         hide(headers())
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "last: after all others")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
+
+
 def add_addresses():
     """Addresses from the documentation ranges."""
     for command in (

@@ -403,8 +403,9 @@ def accept_blocking(server, count):
             peer.send(b".")
 
 
+@pytest.mark.last  # for there is no way back
 def test_locked_down(start):
-    """Last of all, for there is no way back: confidentiality, under which no program may read kernel memory by helper.
+    """Confidentiality, under which no program may read kernel memory by helper.
 
     With fexit, tcpconnect needs no such helper.
     """
