@@ -258,23 +258,40 @@ def test_trampolines_refused(start, tmp_path, stage):
     assert tool.stop() == (accepts if name == "tcpaccept" else connects)
 
 
-def test_no_security_sock_graft(start, tmp_path):
-    """As with CONFIG_SECURITY_NETWORK=n: inet_csk_accept()'s return is traced, and said what that may miss."""
+def without_function(tmp_path, function):
+    """The environment in which a kprobe on this function cannot be had, as if the kernel had none of the name."""
     (tmp_path / "sitecustomize.py").write_text(
         "from bcc import BPF\n"
         "real = BPF.attach_kprobe\n"
         "def refuse(self, event, fn_name):\n"
-        "    if event == 'security_sock_graft':\n"
+        f"    if event == '{function}':\n"
         "        raise Exception('Failed to attach BPF program')\n"
         "    return real(self, event=event, fn_name=fn_name)\n"
         "BPF.attach_kprobe = refuse\n"
     )
-    (tool,) = start("tcpaccept", TCPTRACE_WAY="kprobe", PYTHONPATH=str(tmp_path))
+    return {"TCPTRACE_WAY": "kprobe", "PYTHONPATH": str(tmp_path)}
+
+
+def test_no_security_sock_graft(start, tmp_path):
+    """As with CONFIG_SECURITY_NETWORK=n: inet_csk_accept()'s return is traced, and said what that may miss."""
+    (tool,) = start("tcpaccept", **without_function(tmp_path, "security_sock_graft"))
     note = "no security_sock_graft in this kernel: of many threads waiting in accept(), some are not seen"
     assert f"tcpaccept: {note}\n" in tool.err.read_text()
     assert "inet_csk_accept" in probed_functions()
     _, accepts = run_mixed_traffic()
     assert tool.stop() == accepts
+
+
+def test_no_tcp_v6_connect(start, tmp_path):
+    """As with IPv6 in a module that is not there yet: -x traces the rest, and says what it does not see."""
+    environment = without_function(tmp_path, "tcp_v6_connect")
+    (tool,) = start("tcpconnect -x", **environment)
+    note = "no tcp_v6_connect in this kernel: connects over IPv6 that fail at once are not seen"
+    assert f"tcpconnect: {note}\n" in tool.err.read_text()
+    run_mixed_traffic()
+    assert [line.split()[1:6] for line in tool.stop()] == [
+        ["noise", "4", "0.0.0.0", "203.0.113.1", "9"]
+    ] * 5
 
 
 def test_ftrace_turned_off():
