@@ -4,11 +4,11 @@ import errno
 import itertools
 import json
 import os
-import platform
 import re
 import socket
 import struct
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from conftest import TOP, load
@@ -26,7 +26,7 @@ TIMED = options(timestamp=True)
 
 
 CGROUP, NETNS = 5251, 4026531840
-ROW = struct.Struct("=I16sHH16s16s")
+ROW = struct.Struct("=IIIQI16sHH16s16s")
 
 
 def packed(text):
@@ -39,13 +39,12 @@ def event(
 ):
     return (
         ts,
-        CGROUP,
-        pid + 1,
-        uid,
-        NETNS,
         other_port,
         error,
-        ROW.pack(pid, comm.encode(), ip, port, packed(first), packed(second)),
+        ROW.pack(
+            *(pid, pid + 1, uid, CGROUP, NETNS, comm.encode()),
+            *(ip, port, packed(first), packed(second)),
+        ),
     )
 
 
@@ -132,7 +131,7 @@ def test_failures():
         event(7, "a", 4, "0.0.0.0", "192.0.2.2", 80, error=errno.ENETUNREACH),
         event(8, "b", 6, "2001:db8::1", "2001:db8::2", 443, error=524),
     ]
-    names = {7: "example.com (1500 ms)", 8: None}
+    names = dict(zip(events, ("example.com (1500 ms)", None)))
     args = options(failed=True)
     assert tool.header(args) + tool.rows(args, events, 0) == (
         "PID     COMM         IP SADDR            DADDR            DPORT ERR\n"
@@ -140,7 +139,7 @@ def test_failures():
         "8       b            6  2001:db8::1      2001:db8::2      443   524\n"
     )
     args = options(dns=True)
-    query = lambda event: names[event[2] - 1]
+    query = lambda event: names[event]
     assert tool.header(args) + tool.rows(args, events, 0, query) == (
         "PID     COMM         IP SADDR            DADDR            DPORT QUERY\n"
         "7       a            4  0.0.0.0          192.0.2.2        80    example.com (1500 ms)\n"
@@ -222,7 +221,12 @@ MORE_JSON_FIELDS = {
 }
 
 
+def is_named(tool, host, monkeypatch):
+    monkeypatch.setattr(tool.os, "uname", lambda: SimpleNamespace(nodename=host))
+
+
 def test_json(name, tool, monkeypatch):
+    is_named(tool, "web1", monkeypatch)
     monkeypatch.setattr(tool.time, "monotonic_ns", lambda: 9_000_000_000)
     monkeypatch.setattr(tool.time, "time_ns", lambda: 1_795_000_004_000_001_999)
     args = options(json=True)
@@ -234,7 +238,7 @@ def test_json(name, tool, monkeypatch):
     first, second = tool.rows(args, found, 0).splitlines()
     assert json.loads(first) == {
         "ts": "2026-11-18T11:06:40.000001Z",
-        "host": platform.node(),
+        "host": "web1",
         "event": name[3:],
         "pid": 181,
         "tid": 182,
@@ -250,6 +254,14 @@ def test_json(name, tool, monkeypatch):
     }
     for line in (first, second):
         assert list(types_of(line).items()) == list(JSON_FIELDS.items())
+
+
+def test_json_of_a_host_that_gets_another_name(tool, monkeypatch):
+    found = [event(181, "a", 4, "192.0.2.1", "192.0.2.2", 80)]
+    for host in ("old", 'new"\n'):
+        is_named(tool, host, monkeypatch)
+        line = tool.rows(options(json=True), found, 0)
+        assert json.loads(line)["host"] == host
 
 
 def types_of(line):
