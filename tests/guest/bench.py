@@ -7,6 +7,7 @@ PART is one of PARTS below. FILE gets a JSON line for each figure:
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -30,11 +31,13 @@ BURST = 200  # in a row, during which no other process gets the CPU
 REST = 0.6  # seconds after a burst, in which each tool shows what it saw
 LONG_REST = 1.2  # where that is watched: tcpdump's buffers wait for up to 1
 IDLE = 10  # seconds for which a tool is watched while nothing happens
+IDLE_TIMES = 5
 BATCHES = {1: 20, 20: 10, 1000: 5}  # events at once: how many times
 STARTS = 5
-MEGABYTES = 4
+PIECES = 64  # of 64 KB
 RATES = (10, 100, 1000, 10000, 100000)  # connects a second
 FLOWS = (1, 10, 100, 1000, 10000)
+ON_CPUS = f", {os.cpu_count()} CPUs" if os.cpu_count() > 1 else ""
 
 # x86's numbers of the system calls in which a tool waits: poll, select, nanosleep, epoll_wait, clock_nanosleep,
 # pselect6, ppoll, epoll_pwait.
@@ -178,23 +181,28 @@ def loopback_packets():
 
 
 def packets():
-    """Instructions of a packet of a bulk transfer over loopback, its sender and its receiver together."""
+    """Instructions of a packet of a bulk transfer over loopback, its sender and its receiver together.
+
+    In the median of its pieces: in some the clock ticks, or more packets than usual say only what has arrived.
+    """
     data = bytes(65536)
     with listener(socket.AF_INET, "127.0.0.1") as server:
         client = socket.create_connection(server.getsockname())
         peer, _ = server.accept()
 
     def transfer():
-        for _ in range(MEGABYTES * 16):
-            client.sendall(data)
-            left = len(data)
-            while left:
-                left -= len(peer.recv(left))
+        client.sendall(data)
+        left = len(data)
+        while left:
+            left -= len(peer.recv(left))
+
+    def measure():
+        before = loopback_packets()
+        _, took = timed(transfer)
+        return took / (loopback_packets() - before)
 
     with client, peer:
-        before = loopback_packets()
-        _, took = alone(timed, transfer)
-        return took / (loopback_packets() - before)
+        return statistics.median(alone(lambda: [measure() for _ in range(PIECES)]))
 
 
 def repeated(measure, *args):
@@ -239,11 +247,16 @@ def user_side(process, work, batch):
 
 
 def paced(rate):
-    """(instructions of a connect, in the median, connects) of so many a second, or as near as it gets."""
+    """(instructions of a connect, in the median, connects) of so many a second, or as near as it gets.
+
+    Each is on the next CPU.
+    """
     kind, address, _ = FAMILIES["IPv4"]
+    cpus = itertools.cycle(range(os.cpu_count()))
     count = max(50, min(rate // 2, 10000))
     took, due = [], time.monotonic()
     for _ in range(count):
+        os.sched_setaffinity(0, {next(cpus)})
         with socket.socket(kind, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as client:
             took.append(timed(client.connect_ex, (address, 9))[1])
         due += 1 / rate
@@ -277,7 +290,8 @@ def watch_itself(tools, work, name):
     """What a tool itself spends on an event, and how often it wakes up while there is none."""
     for tool, command in tools.items():
         with running(command) as process:
-            report(tool, f"{name} itself, wake-ups a second", [idle(process)[1]])
+            wakeups = [idle(process)[1] for _ in range(IDLE_TIMES)]
+            report(tool, f"{name} itself, wake-ups a second", wakeups)
             for batch in BATCHES:
                 values = user_side(process, work, batch)
                 report(tool, f"{name} itself, {batch} at once", values)
@@ -321,7 +335,7 @@ def watch_growth(tools):
     """What one connect costs at each rate, in the kernel and in the tool."""
     for tool, process in started(tools):
         for rate in RATES:
-            figure = f"a connect, {rate:,} a second asked for"
+            figure = f"a connect, {rate:,} a second asked for{ON_CPUS}"
             if not process:
                 report(tool, figure, [paced(rate)[0] for _ in range(1 + STARTS)][1:])
                 continue
@@ -331,7 +345,7 @@ def watch_growth(tools):
                 kernel.append(took)
                 itself.append(own / count)
             report(tool, figure, kernel[1:])
-            report(tool, f"tcpconnect itself, {rate:,} a second", itself[1:])
+            report(tool, f"tcpconnect itself, {rate:,} a second{ON_CPUS}", itself[1:])
 
 
 def watch_flows(tools):
@@ -342,7 +356,7 @@ def watch_flows(tools):
         for tool, _ in started(tools):
             connects("IPv4", flows, ports)
             values = repeated(connects, "IPv4", BURST, some)
-            report(tool, f"a connect, -c, {flows:,} flows", values)
+            report(tool, f"a connect, -c, {flows:,} flows{ON_CPUS}", values)
 
 
 def put_versions():
@@ -391,6 +405,10 @@ def itself():
         with running(command) as process:
             values = user_side(process, other_ports, 1000)
             report(tool, "tcpconnect itself, 1000 at once, all different", values)
+    for tool, command in ours("tcpconnect --json").items():
+        with running(command) as process:
+            values = user_side(process, connects, 20)
+            report(tool, "tcpconnect --json itself, 20 at once", values)
 
 
 def starts():
