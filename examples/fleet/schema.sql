@@ -75,7 +75,7 @@ WITH
             leadInFrame(host) OVER w AS next_host,
             leadInFrame(pid) OVER w AS next_pid,
             leadInFrame(comm) OVER w AS next_comm,
-            -- Here and not where they are used: so the next sort carries these, and not what they are made of.
+            -- Here and not where they are used: so the next sort need not carry what they are made of.
             if(may_belong(last_event, last_time, event, time), 0, number) AS begin_of_run,  -- 0 inside of one
             may_belong(event, time, next_event, next_time) AS may_be_first,
             event = 'connect' AND next_event = 'connect_failed' AS has_failed
