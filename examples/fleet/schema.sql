@@ -74,7 +74,11 @@ WITH
             leadInFrame(ts) OVER w AS next_ts,
             leadInFrame(host) OVER w AS next_host,
             leadInFrame(pid) OVER w AS next_pid,
-            leadInFrame(comm) OVER w AS next_comm
+            leadInFrame(comm) OVER w AS next_comm,
+            -- Here and not where they are used: so the next sort need not carry what they are made of.
+            if(may_belong(last_event, last_time, event, time), 0, number) AS begin_of_run,  -- 0 inside of one
+            may_belong(event, time, next_event, next_time) AS may_be_first,
+            event = 'connect' AND next_event = 'connect_failed' AS has_failed
         FROM events
         WINDOW w AS (PARTITION BY flow ORDER BY ts, event ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING)
     ),
@@ -82,9 +86,8 @@ WITH
     (
         SELECT
             *,
-            if(may_belong(last_event, last_time, event, time), 0, number) AS begin_of_run,  -- 0 inside of one
-            number - max(begin_of_run) OVER so_far AS place,                                -- in its run, from 0
-            place % 2 = 0 AND may_belong(event, time, next_event, next_time) AS is_first_of_pair,
+            number - max(begin_of_run) OVER so_far AS place,    -- in its run, from 0
+            place % 2 = 0 AND may_be_first AS is_first_of_pair,
             place % 2 = 1 AS is_second_of_pair
         FROM neighbours
         WINDOW so_far AS (PARTITION BY flow ORDER BY ts, event ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW)
@@ -101,7 +104,7 @@ SELECT
     multiIf(event = 'accept', pid, is_first_of_pair, next_pid, 0) AS server_pid,
     multiIf(event = 'accept', comm, is_first_of_pair, next_comm, '') AS server_comm
 FROM pairs
-WHERE event != 'connect_failed' AND NOT is_second_of_pair AND NOT (event = 'connect' AND next_event = 'connect_failed');
+WHERE event != 'connect_failed' AND NOT is_second_of_pair AND NOT has_failed;
 
 -- The hosts of the fleet, by the addresses that they have in their own rows. The last host, if an address has moved.
 CREATE VIEW IF NOT EXISTS tcp_addresses AS
