@@ -81,6 +81,9 @@ def systemd():
         try:
             until(lambda: run("systemctl", "is-system-running") == "running\n")
             yield run
+        except BaseException:
+            print(run("journalctl", "--namespace=*", "--boot", "--no-hostname"))
+            raise
         finally:
             process.kill()
 
