@@ -121,8 +121,15 @@ def running(command):
                 sys.exit(f"{command}: {err.read().decode()}")
             waited = waited + 1 if is_waiting(process) else 0
         yield process
+        stop(process)
+
+
+def stop(process):
+    """End a tool by signals: bpftrace does not heed every one."""
+    while process.poll() is None:
         process.send_signal(signal.SIGINT)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
 
 
 def started(tools):
@@ -314,10 +321,9 @@ def start(command):
         else:
             sys.exit(f"{command}: {said}")
         took = spent(process)
-        time.sleep(1)  # and bpftrace does not heed a signal that comes at once
+        time.sleep(1)
         peak, resident = status(process, "VmHWM"), status(process, "VmRSS")
-        process.send_signal(signal.SIGINT)
-        process.wait()
+        stop(process)
     return took, peak / 1024, resident / 1024
 
 
