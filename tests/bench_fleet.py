@@ -160,13 +160,18 @@ def agree(expected, answer):
         )
 
 
+def write_lines(session, rows, path):
+    """Put rows (their SQL) into a file, as the lines that the tools print."""
+    lines = f"SELECT *, 4 AS ip FROM ({rows})"
+    session.query(f"{lines} INTO OUTFILE '{path}' FORMAT JSONEachRow")
+
+
 def load(lines):
     """What it takes to put so many lines into chdb, as servicemap does."""
     servicemap = load_servicemap()
     rows = ROWS.format(side=1, connections=2 * lines, start=0, count=2 * lines)
-    some = f"SELECT *, 4 AS ip FROM ({rows}) LIMIT {lines}"
     with tempfile.TemporaryDirectory() as folder, servicemap.database() as session:
-        session.query(f"{some} INTO OUTFILE '{folder}/lines' FORMAT JSONEachRow")
+        write_lines(session, f"SELECT * FROM ({rows}) LIMIT {lines}", f"{folder}/lines")
         return repeated(lambda: servicemap.load(session, [f"{folder}/lines"]))
 
 
@@ -181,10 +186,7 @@ def script(lines):
                 rows = ROWS.format(
                     side=side, connections=connections, start=0, count=connections
                 )
-                path = f"{folder}/{side}.json"
-                session.query(
-                    f"SELECT *, 4 AS ip FROM ({rows}) INTO OUTFILE '{path}' FORMAT JSONEachRow"
-                )
+                write_lines(session, rows, f"{folder}/{side}.json")
         began = time.monotonic()
         command = [sys.executable, SERVICEMAP, "--json"]
         command += [f"{folder}/1.json", f"{folder}/2.json"]
