@@ -1,22 +1,27 @@
-# completion.bash  Complete the options of tcpconnect and tcpaccept, and their values, in bash.
+# completion.bash  Complete the options of tcpconnect and tcpaccept, and their values,
+#                  in bash.
 #
 # USAGE: source examples/completion.bash
 #
-# Or for all users, where the package bash-completion looks for a file by the command's name:
+# Or for all users, where the package bash-completion looks for a file by the command's
+# name:
 #
-#     folder=/usr/local/share/bash-completion/completions
-#     sudo install -d $folder
-#     sudo install -m 644 examples/completion.bash $folder/tcpconnect
-#     sudo ln -s tcpconnect $folder/tcpaccept
+#     directory=/usr/local/share/bash-completion/completions
+#     sudo install -d $directory
+#     sudo install -m 644 examples/completion.bash $directory/tcpconnect
+#     sudo ln -s tcpconnect $directory/tcpaccept
 #
 # Behind `sudo`, that package is needed.
 
-# bash gives the command, the word to complete and the word before it. --pid=18 is three words.
-_tcptrace() {
+# bash gives the command, the word to complete and the word before it. --pid=18 is three
+# words.
+_tcptools() {
     local word=${2#=} option=$3 pids=(/proc/[0-9]*)
     local before=${word%"${word##*,}"} last=${word##*,} # of a list
-    local options="-h --help -t --timestamp -p --pid -P --port -4 --ipv4 -6 --ipv6 -u --uid --cgroup --cgroupmap
-        --mntnsmap -T --time -U --print-uid --json -c --count -b --buffer-pages"
+    local options="-h --help -t --timestamp -p --pid -P --port -4 --ipv4 -6 --ipv6
+        -u --uid --cgroup --cgroupmap --mntnsmap -T --time -U --print-uid --json
+        -c --count -b --buffer-pages"
+    local pages="1 2 4 8 16 32 64 128 256 512 1024 2048 4096 8192 16384"
     case ${1##*/} in
     tcpconnect) options+=" -x --failed -L --lport -d --dns" ;;
     tcpaccept) options+=" -R --rport -q --queue" ;;
@@ -28,7 +33,7 @@ _tcptrace() {
     case $option in
     -p | --pid) set -- -P "$before" -W "${pids[*]##*/}" -- "$last" ;;
     -u | --uid) set -- -P "$before" -u -- "$last" ;;
-    -b | --buffer-pages) set -- -W "1 2 4 8 16 32 64 128 256 512 1024 2048 4096 8192 16384" -- "$word" ;;
+    -b | --buffer-pages) set -- -W "$pages" -- "$word" ;;
     -P | --port) return ;;
     --cgroupmap | --mntnsmap)
         compopt -o default # file names, by readline
@@ -36,7 +41,9 @@ _tcptrace() {
         ;;
     --cgroup)
         compopt -o filenames -o nospace
-        mapfile -t COMPREPLY < <(cd "$(findmnt -nfro TARGET -t cgroup2)" && compgen -d -S / -- "$word")
+        mapfile -t COMPREPLY < <(
+            cd "$(findmnt -nfro TARGET -t cgroup2)" && compgen -d -S / -- "$word"
+        )
         return
         ;;
     *) set -- -W "$options" -- "$word" ;;
@@ -44,4 +51,4 @@ _tcptrace() {
     mapfile -t COMPREPLY < <(compgen "$@")
 }
 
-complete -F _tcptrace tcpconnect tcpaccept
+complete -F _tcptools tcpconnect tcpaccept

@@ -1,8 +1,10 @@
--- unknown.sql  What crosses the border of the fleet: accepts whose client is no host of it, and connects whose server is none.
+-- unknown.sql  What crosses the boundary of the fleet: accepts whose client is no host
+-- of it, and connects whose server is none.
 --
--- A host is of the fleet if a row of its own has the address. So these are strangers, or hosts whose rows are missing.
+-- A host is of the fleet if a row of its own has the address. So these are external
+-- hosts, or hosts whose rows are missing.
 WITH
-    halves AS
+    unmatched AS
     (
         SELECT
             if(is_client_known, 'connect', 'accept') AS event,
@@ -20,6 +22,6 @@ SELECT
     replaceRegexpOne(toString(other), '^::ffff:([0-9]+[.])', '\\1') AS address,
     dport AS port,
     connections, first_seen, last_seen
-FROM halves
+FROM unmatched
 LEFT ANTI JOIN tcp_addresses ON tcp_addresses.address = other
 ORDER BY event, host, comm, other, port;
