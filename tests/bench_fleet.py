@@ -1,12 +1,17 @@
-"""Measure examples/fleet on generated rows: the join's time and memory, what rows take on disk, and servicemap itself.
+"""Measure examples/fleet on generated rows: the join's time and memory, what rows take
+on disk, and servicemap as a command.
 
-USAGE: bench_fleet.py, with the Python of the venv that tests/install prints; a figure is a line of JSON
+USAGE: bench_fleet.py
 
-A size is a day of 1,000 clients and 50 servers: half of the rows are connects, half accepts; of either 2 % are missing
-and 2 % doubled; a connection's addresses and ports come again up to three times in the day; all accepts are inserted after
-all connects. chdb is set as servicemap sets it. Each size has a process of its own, and so a peak of its own: that is the
-most memory that the process has had, with Python, the engine's library and the insert. A peak over 1 GB is an error. How
-many connections there must be is counted without the join, and the join has to agree. MB are 10^6 bytes.
+Takes the Python of the venv that tests/install prints. A figure is a line of JSON.
+
+A size is a day of 1,000 clients and 50 servers: half of the rows are connects, half
+accepts; of either 2 % are missing and 2 % duplicated; a connection's addresses and
+ports come again up to three times in the day; all accepts are inserted after all
+connects. chdb is set as servicemap sets it. Each size has a process of its own, and so
+a peak of its own: that is the most memory that the process has had, with Python, the
+engine's library and the insert. A peak over 1 GB is an error. How many connections
+there must be is counted without the join, and the join has to agree. MB are 10^6 bytes.
 """
 
 import importlib.util
@@ -22,20 +27,17 @@ import time
 from importlib.machinery import SourceFileLoader
 
 SERVICEMAP = pathlib.Path(__file__).resolve().parents[1] / "examples/fleet/servicemap"
-SIZES = [
-    1_250_000,
-    2_500_000,
-    5_000_000,
-    10_000_000,
-]  # rows; fewer stay in memory, and take less each
+# Rows; fewer stay in memory, and take less each
+SIZES = [1_250_000, 2_500_000, 5_000_000, 10_000_000]
 REPEATS = 3
 MOST_MB = 1000  # for all that is measured here
-INSERT_CONNECTIONS = 250_000  # at once
+INSERT_CONNECTIONS = 250_000  # per batch
 LINES = 1_000_000  # for loading
 
-# The rows of one side of connections: {side} is 1 for connects, 2 for accepts. {connections} is how many there are in the
-# day. Number n is of client n % 1000 and server n / 1000 % 50, which come again every 50,000 connections; the port then
-# is another, out of 40. So neither data nor order is as a compressor would like it.
+# The rows of one side of connections: {side} is 1 for connects, 2 for accepts.
+# {connections} is how many there are in the day. Number n is of client n % 1000 and
+# server n / 1000 % 50, which come again every 50,000 connections; the port then is
+# another, out of 40. So neither data nor order is as a compressor would like it.
 ROWS = """
 WITH
     number AS n,
@@ -43,18 +45,29 @@ WITH
     intDiv(n, 1000) % 50 AS server,
     intHash32(intDiv(n, 50000) % 40 + 40 * (n % 50000)) AS port_hash,
     cityHash64(n, {side}) AS luck,
-    {side} = 1 AS is_client
+    {side} = 1 AS is_client,
+    ['curl', 'python3', 'java', 'envoy', 'ruby', 'node', 'sshd', 'php-fpm'] AS clients,
+    ['nginx', 'postgres', 'redis-server', 'haproxy'] AS servers
 SELECT
-    fromUnixTimestamp64Micro(toInt64(1795392000000000 + n * intDiv(86400000000, {connections})
-        + cityHash64(n, 3) % 1000 + if(is_client, 0, 50 + cityHash64(n, 4) % 5000)), 'UTC') AS ts,
-    if(is_client, concat('client', toString(client)), concat('server', toString(server))) AS host,
+    fromUnixTimestamp64Micro(
+        toInt64(
+            1795392000000000 + n * intDiv(86400000000, {connections})
+            + cityHash64(n, 3) % 1000
+            + if(is_client, 0, 50 + cityHash64(n, 4) % 5000)
+        ),
+        'UTC'
+    ) AS ts,
+    concat(
+        if(is_client, 'client', 'server'), toString(if(is_client, client, server))
+    ) AS host,
     if(is_client, 'connect', 'accept') AS event,
     toUInt32(if(is_client, 1000 + cityHash64(n, 5) % 300, 900 + server)) AS pid,
     toUInt32(pid + cityHash64(n, 6) % 16) AS tid,
     toUInt32(if(is_client, 1000, 33)) AS uid,
-    if(is_client, ['curl', 'python3', 'java', 'envoy', 'ruby', 'node', 'sshd', 'php-fpm'][1 + client % 8],
-        ['nginx', 'postgres', 'redis-server', 'haproxy'][1 + server % 4]) AS comm,
-    toIPv6(concat('10.1.', toString(intDiv(client, 250)), '.', toString(client % 250))) AS saddr,
+    if(is_client, clients[1 + client % 8], servers[1 + server % 4]) AS comm,
+    toIPv6(
+        concat('10.1.', toString(intDiv(client, 250)), '.', toString(client % 250))
+    ) AS saddr,
     toUInt16(32768 + port_hash % 28000) AS sport,
     toIPv6(concat('10.2.0.', toString(server))) AS daddr,
     toUInt16([80, 5432, 6379, 443][1 + server % 4]) AS dport,
@@ -70,7 +83,12 @@ COLUMNS = (
 
 # {known: connections}, without a join.
 EXPECTED = """
-SELECT multiIf(cityHash64(number, 1) % 50 = 0, 'server', cityHash64(number, 2) % 50 = 0, 'client', 'both') AS known,
+SELECT
+    multiIf(
+        cityHash64(number, 1) % 50 = 0, 'server',
+        cityHash64(number, 2) % 50 = 0, 'client',
+        'both'
+    ) AS known,
     count() AS connections
 FROM numbers({connections})
 WHERE cityHash64(number, 1) % 50 != 0 OR cityHash64(number, 2) % 50 != 0
@@ -78,7 +96,9 @@ GROUP BY known
 """
 
 STORED = """
-SELECT sum(rows) AS rows, sum(bytes_on_disk) AS bytes FROM system.parts WHERE active AND table = 'tcp_events'
+SELECT sum(rows) AS rows, sum(bytes_on_disk) AS bytes
+FROM system.parts
+WHERE active AND table = 'tcp_events'
 """
 
 
@@ -112,7 +132,9 @@ def megabytes(usage):
 
 
 def repeated(run):
-    """What run() takes each time: times and CPU times (s), and the process's peaks until then (MB)."""
+    """What run() takes each time: times and CPU times (s), and the process's peaks
+    until then (MB).
+    """
     found = {"seconds": [], "cpu_seconds": [], "peaks": []}
     for _ in range(REPEATS):
         began, cpu_began = time.monotonic(), time.process_time()
@@ -134,11 +156,11 @@ def join(rows):
     """What servicemap.sql takes over so many rows, and the bytes of a row on disk."""
     servicemap = load_servicemap()
     connections = rows // 2
-    question = (SERVICEMAP.parent / "servicemap.sql").read_text()
+    query = (SERVICEMAP.parent / "servicemap.sql").read_text()
     with servicemap.database() as session:
         insert(session, connections)
         expected = count_expected(servicemap, session, connections)
-        found = repeated(lambda: agree(expected, servicemap.ask(session, question)))
+        found = repeated(lambda: agree(expected, servicemap.ask(session, query)))
         session.query("OPTIMIZE TABLE tcp_events FINAL")
         [stored] = servicemap.ask(session, STORED)
     return {**found, "disk": stored["bytes"] / stored["rows"]}
@@ -170,26 +192,28 @@ def load(lines):
     """What it takes to put so many lines into chdb, as servicemap does."""
     servicemap = load_servicemap()
     rows = ROWS.format(side=1, connections=2 * lines, start=0, count=2 * lines)
-    with tempfile.TemporaryDirectory() as folder, servicemap.database() as session:
-        write_lines(session, f"SELECT * FROM ({rows}) LIMIT {lines}", f"{folder}/lines")
-        return repeated(lambda: servicemap.load(session, [f"{folder}/lines"]))
+    with tempfile.TemporaryDirectory() as directory, servicemap.database() as session:
+        write_lines(
+            session, f"SELECT * FROM ({rows}) LIMIT {lines}", f"{directory}/lines"
+        )
+        return repeated(lambda: servicemap.load(session, [f"{directory}/lines"]))
 
 
 def script(lines):
     """What servicemap takes for so many lines, with loading them, as a command."""
     servicemap = load_servicemap()
     connections = lines // 2
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         with servicemap.database() as session:
             expected = count_expected(servicemap, session, connections)
             for side in (1, 2):
                 rows = ROWS.format(
                     side=side, connections=connections, start=0, count=connections
                 )
-                write_lines(session, rows, f"{folder}/{side}.json")
+                write_lines(session, rows, f"{directory}/{side}.json")
         began = time.monotonic()
         command = [sys.executable, SERVICEMAP, "--json"]
-        command += [f"{folder}/1.json", f"{folder}/2.json"]
+        command += [f"{directory}/1.json", f"{directory}/2.json"]
         answer = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
         seconds = time.monotonic() - began
     agree(expected, map(json.loads, answer.splitlines()))

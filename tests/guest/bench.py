@@ -1,9 +1,11 @@
-"""What the tools cost, in instructions. tests/bench runs this in a guest whose clock counts instructions, 1 ns each.
+"""What the tools cost, in instructions. tests/bench runs this in a guest whose clock
+counts instructions, 1 ns each.
 
 USAGE: bench.py FILE PART...
 
 PART is one of PARTS below. FILE gets a JSON line for each figure:
-{"tool": ..., "figure": ..., "values": [one for each repeat]}, and one for the versions: {"versions": "Linux ..., ..."}.
+{"tool": ..., "figure": ..., "values": [one for each repeat]}, and one for the versions:
+{"versions": "Linux ..., ..."}.
 """
 
 import contextlib
@@ -28,19 +30,19 @@ from traffic import listener
 
 REPEATS = 7
 BURST = 200  # in a row, during which no other process gets the CPU
-REST = 0.6  # seconds after a burst, in which each tool shows what it saw
-LONG_REST = 1.2  # where that is watched: tcpdump's buffers wait for up to 1
+WAIT = 0.6  # seconds after a burst, in which each tool shows what it saw
+LONG_WAIT = 1.2  # where that is watched: tcpdump's buffers wait for up to 1
 IDLE = 10  # seconds for which a tool is watched while nothing happens
 IDLE_TIMES = 5
-BATCHES = {1: 20, 20: 10, 1000: 5}  # events at once: how many times
+BATCHES = {1: 20, 20: 10, 1000: 5}  # events per batch: how many times
 STARTS = 5
 PIECES = 64  # of 64 KB
-RATES = (10, 100, 1000, 10000, 100000)  # connects a second
+RATES = (10, 100, 1000, 10000, 100000)  # connects per second
 FLOWS = (1, 10, 100, 1000, 10000)
 ON_CPUS = f", {os.cpu_count()} CPUs" if os.cpu_count() > 1 else ""
 
-# x86's numbers of the system calls in which a tool waits: poll, select, nanosleep, epoll_wait, clock_nanosleep,
-# pselect6, ppoll, epoll_pwait.
+# x86's numbers of the system calls in which a tool waits: poll, select, nanosleep,
+# epoll_wait, clock_nanosleep, pselect6, ppoll, epoll_pwait.
 WAITS = {7, 23, 35, 230, 232, 270, 271, 281}
 
 FAMILIES = {
@@ -48,7 +50,7 @@ FAMILIES = {
     "IPv6": (socket.AF_INET6, NOBODY6, "::1"),
 }
 SYN = "(tcp[tcpflags] & tcp-syn != 0) or (ip6[6] == 6 and ip6[53] & 2 != 0)"
-FEXIT, KPROBE = "env TCPTRACE_WAY=fexit", "env TCPTRACE_WAY=kprobe"
+FEXIT, KPROBE = "env TCPTOOLS_METHOD=fexit", "env TCPTOOLS_METHOD=kprobe"
 NO_TOOL = "no tool"
 CGROUP = pathlib.Path("/sys/fs/cgroup/bench")
 
@@ -94,20 +96,32 @@ def status(process, field):
     return int(next(line.split()[1] for line in lines if line.startswith(field + ":")))
 
 
+def has_children(process):
+    """Whether it has any: ours have one while they compile."""
+    return proc(process, f"task/{process.pid}/children") != ""
+
+
 def is_waiting(process):
     number = proc(process, "syscall").split()[0]
-    return number.isdigit() and int(number) in WAITS
+    return number.isdigit() and int(number) in WAITS and not has_children(process)
 
 
 def spent(process):
-    """Instructions that a process has spent, in user space and in the kernel."""
+    """Instructions that a process and its children that have ended have spent, in user
+    space and in the kernel; the children's to one tick of the clock, 10 million.
+    """
     tasks = pathlib.Path(f"/proc/{process.pid}/task").glob("*/schedstat")
-    return sum(int(task.read_text().split()[0]) for task in tasks)
+    own = sum(int(task.read_text().split()[0]) for task in tasks)
+    behind_comm = proc(process, "stat").rpartition(")")[2].split()
+    ticks = sum(map(int, behind_comm[13:15]))  # cutime and cstime of proc(5)
+    return own + ticks * 10**9 // os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
 def running(command):
-    """The process of a command, once it has been waiting for a second, its output in a file; None without a command."""
+    """The process of a command, once it has been waiting for a second, its output in a
+    file; None without a command.
+    """
     if not command:
         yield None
         return
@@ -125,15 +139,24 @@ def running(command):
 
 
 def stop(process):
-    """End a tool by signals: bpftrace does not heed every one."""
-    while process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
+    """Stop a tool by signals: bpftrace does not heed every one.
+
+    Returns the peak memory (kB) of the largest of the tool and its children.
+    """
+    pid = waited = 0
+    while not pid:
+        if waited % 50 == 0:
+            process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        waited += 1
+        pid, process.returncode, usage = os.wait4(process.pid, os.WNOHANG)
+    return usage.ru_maxrss
 
 
 def started(tools):
-    """(tool, its process) of each while it runs, the first of them none, for what the work costs by itself."""
+    """(tool, its process) of each while it runs, the first of them none, for what the
+    work costs by itself.
+    """
     for tool, command in {NO_TOOL: None, **tools}.items():
         with running(command) as process:
             yield tool, process
@@ -155,7 +178,9 @@ def timed(function, *args):
 
 
 def connects(family, count=BURST, ports=(9,)):
-    """Instructions of a connect to an address that does not answer, in the median: without the ticks of the clock."""
+    """Instructions of a connect to an address that does not answer, in the median:
+    without the ticks of the clock.
+    """
     kind, address, _ = FAMILIES[family]
     flags = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
     clients = [socket.socket(kind, flags) for _ in range(count)]
@@ -188,9 +213,11 @@ def loopback_packets():
 
 
 def packets():
-    """Instructions of a packet of a bulk transfer over loopback, its sender and its receiver together.
+    """Instructions of a packet of a bulk transfer over loopback, its sender and its
+    receiver together.
 
-    In the median of its pieces: in some the clock ticks, or more packets than usual say only what has arrived.
+    In the median of its pieces: in some the clock ticks, or more packets than usual say
+    only what has arrived.
     """
     data = bytes(65536)
     with listener(socket.AF_INET, "127.0.0.1") as server:
@@ -213,11 +240,13 @@ def packets():
 
 
 def repeated(measure, *args):
-    """REPEATS values of a measurement, after one that warms up; the tool shows what it saw in between."""
+    """REPEATS values of a measurement, after one that warms up; the tool shows what it
+    saw in between.
+    """
     values = []
     for _ in range(1 + REPEATS):
         values.append(measure(*args))
-        time.sleep(REST)
+        time.sleep(WAIT)
     return values[1:]
 
 
@@ -227,7 +256,7 @@ def other_ports(family, count):
 
 
 def idle(process):
-    """(instructions, wake-ups) a second of a tool while nothing happens."""
+    """(instructions, wake-ups) per second of a tool while nothing happens."""
     before, wakeups = spent(process), status(process, "voluntary_ctxt_switches")
     time.sleep(IDLE)
     return (spent(process) - before) / IDLE, (
@@ -235,26 +264,31 @@ def idle(process):
     ) / IDLE
 
 
-def watched(process, resting, work, *args):
-    """What work(*args) returns, and the instructions that the tool spent on it beside its resting ones a second."""
+def watched(process, idle_cost, work, *args):
+    """What work(*args) returns, and the instructions that the tool spent on it beside
+    its idle cost (per second).
+    """
     before, begin = spent(process), time.monotonic()
     result = work(*args)
-    time.sleep(LONG_REST)
+    time.sleep(LONG_WAIT)
     seconds = time.monotonic() - begin
-    return result, spent(process) - before - resting * seconds
+    return result, spent(process) - before - idle_cost * seconds
 
 
 def user_side(process, work, batch):
-    """Instructions that the tool spends for an event itself, for each of several batches, beside what it spends anyway."""
-    values, (resting, _) = [], idle(process)
+    """The tool's own cost per event (instructions) in each of several batches, beside
+    what it spends anyway.
+    """
+    values, (idle_cost, _) = [], idle(process)
     for _ in range(1 + BATCHES[batch]):
-        _, own = watched(process, resting, work, "IPv4", batch)
+        _, own = watched(process, idle_cost, work, "IPv4", batch)
         values.append(own / batch)
     return values[1:]
 
 
 def paced(rate):
-    """(instructions of a connect, in the median, connects) of so many a second, or as near as it gets.
+    """(instructions of a connect, in the median, connects) of so many per second, or as
+    near as it gets.
 
     Each is on the next CPU.
     """
@@ -293,19 +327,20 @@ def watch_packets(tools, name):
         report(tool, f"a packet of a bulk transfer, {name}", repeated(packets))
 
 
-def watch_itself(tools, work, name):
-    """What a tool itself spends on an event, and how often it wakes up while there is none."""
+def watch_own_cost(tools, work, name):
+    """A tool's own cost per event, and how often it wakes up while there is none."""
     for tool, command in tools.items():
         with running(command) as process:
             wakeups = [idle(process)[1] for _ in range(IDLE_TIMES)]
-            report(tool, f"{name} itself, wake-ups a second", wakeups)
+            report(tool, f"{name}, wake-ups per second", wakeups)
             for batch in BATCHES:
                 values = user_side(process, work, batch)
-                report(tool, f"{name} itself, {batch} at once", values)
+                report(tool, f"{name}, own cost, batches of {batch}", values)
 
 
 def start(command):
-    """(instructions from exec to the header, peak memory, memory afterwards, in MB) of a tool that writes to a terminal.
+    """(instructions from exec to the header, peak memory, memory afterwards, in MB) of
+    a tool that writes to a terminal.
 
     Its own instructions: the guest's clock also counts what it waits for the disk.
     """
@@ -322,13 +357,15 @@ def start(command):
             sys.exit(f"{command}: {said}")
         took = spent(process)
         time.sleep(1)
-        peak, resident = status(process, "VmHWM"), status(process, "VmRSS")
-        stop(process)
+        assert not has_children(process)
+        resident, peak = status(process, "VmRSS"), stop(process)
     return took, peak / 1024, resident / 1024
 
 
 def watch_starts(tools, name):
-    """What a tool takes to start, and its memory, after one start that fills the page cache."""
+    """What a tool takes to start, and its memory, after one start that fills the page
+    cache.
+    """
     for tool, command in tools.items():
         starts = [start(command) for _ in range(1 + STARTS)][1:]
         took, peak, resident = zip(*starts)
@@ -341,17 +378,21 @@ def watch_growth(tools):
     """What one connect costs at each rate, in the kernel and in the tool."""
     for tool, process in started(tools):
         for rate in RATES:
-            figure = f"a connect, {rate:,} a second asked for{ON_CPUS}"
+            figure = f"a connect, {rate:,} per second requested{ON_CPUS}"
             if not process:
                 report(tool, figure, [paced(rate)[0] for _ in range(1 + STARTS)][1:])
                 continue
-            resting, kernel, itself = idle(process)[0], [], []
+            idle_cost, kernel, own_cost = idle(process)[0], [], []
             for _ in range(1 + STARTS):
-                (took, count), own = watched(process, resting, paced, rate)
+                (took, count), own = watched(process, idle_cost, paced, rate)
                 kernel.append(took)
-                itself.append(own / count)
+                own_cost.append(own / count)
             report(tool, figure, kernel[1:])
-            report(tool, f"tcpconnect itself, {rate:,} a second{ON_CPUS}", itself[1:])
+            report(
+                tool,
+                f"tcpconnect, own cost, {rate:,} per second{ON_CPUS}",
+                own_cost[1:],
+            )
 
 
 def watch_flows(tools):
@@ -402,19 +443,20 @@ def accept():
         some = ours(f"tcpaccept {given}")
         watch_kernel(some, accepts, f"an accept, {name}", ["IPv4"])
     watch_packets(ACCEPT, "tcpaccept")
-    watch_itself(ACCEPT, accepts, "tcpaccept")
+    watch_own_cost(ACCEPT, accepts, "tcpaccept")
 
 
-def itself():
-    watch_itself({**CONNECT, **CONNECT_OTHERS, **TCPDUMP}, connects, "tcpconnect")
+def own_cost():
+    watch_own_cost({**CONNECT, **CONNECT_OTHERS, **TCPDUMP}, connects, "tcpconnect")
     for tool, command in CONNECT.items():
         with running(command) as process:
             values = user_side(process, other_ports, 1000)
-            report(tool, "tcpconnect itself, 1000 at once, all different", values)
-    for tool, command in ours("tcpconnect --json").items():
-        with running(command) as process:
-            values = user_side(process, connects, 20)
-            report(tool, "tcpconnect --json itself, 20 at once", values)
+            report(tool, "tcpconnect, own cost, batches of 1000, distinct", values)
+    for option in ("-L", "-t", "-T", "--json"):
+        for tool, command in ours(f"tcpconnect {option}").items():
+            with running(command) as process:
+                values = user_side(process, connects, 20)
+                report(tool, f"tcpconnect {option}, own cost, batches of 20", values)
 
 
 def starts():
@@ -428,7 +470,7 @@ def growth():
 
 
 PARTS = {
-    part.__name__: part for part in (quick, connect, accept, itself, starts, growth)
+    part.__name__: part for part in (quick, connect, accept, own_cost, starts, growth)
 }
 
 

@@ -1,4 +1,6 @@
-"""One io_uring request at a time, by system calls: there is no io_uring in Python, nor liburing in the guests."""
+"""One io_uring request at a time, by system calls: there is no io_uring in Python, nor
+liburing in the guests.
+"""
 
 import ctypes
 import mmap
@@ -34,7 +36,9 @@ class Ring:
         return struct.unpack_from("=I", self.rings, at)[0]
 
     def run(self, opcode, fd, address=None):
-        """Submit one request, wait, and return its result: 0 or more, or -errno. address: a ctypes sockaddr."""
+        """Submit one request, wait, and return its result: 0 or more, or -errno.
+        address: a ctypes sockaddr.
+        """
         at, length = (ctypes.addressof(address), len(address)) if address else (0, 0)
         sqe = struct.pack("=BBHiQQIIQ24x", opcode, 0, 0, fd, length, at, 0, 0, 0)
         self.sqes[:64] = sqe

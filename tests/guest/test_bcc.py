@@ -1,7 +1,8 @@
-"""Ours beside bcc's own tools, on the same traffic, by every option that both have.
+"""Ours beside bcc's own tools, on the same traffic, with every option that both have.
 
-bcc's need the kernel's headers, and minutes to start in an emulated machine. So few of them run, each with several
-options, where they are installed: on bookworm, and on all releases by tests/run --bcc.
+bcc's need the kernel's headers, and minutes to start in an emulated machine. So few of
+them run, each with several options, where they are installed: on bookworm, and on all
+releases by tests/run --bcc.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from conftest import (
     TOOLS,
     TOP,
     Worker,
-    best_way,
+    best_method,
     headers,
     hide,
     show,
@@ -41,7 +42,8 @@ pytestmark = pytest.mark.skipif(
     None in THEIRS.values(), reason="bcc's own tools are not installed in this guest"
 )
 
-# Each line runs both tools, theirs as it is, ours with what it needs to have the same columns.
+# Each line runs both tools, theirs as it is, ours with what it needs to have the same
+# columns.
 LINES = {
     "tcpconnect": {
         "-t -U -L -4 -P {ports} --cgroupmap {cgroups}": "",
@@ -54,18 +56,24 @@ LINES = {
     },
 }
 
-# Where they differ, apart from widths, and from the order of rows and of columns. The test finds each of them.
+# Where they differ, apart from widths, and from the order of rows and of columns. The
+# test finds each of them.
 DIFFERENCES = {
-    "banner": "Their tcpconnect prints a line in front of the header. Ours does not: scripts read the table.",
-    "RPORT": "Their tcpaccept always has this column. Ours has it with -R: the seed's table is without.",
-    "mapped": "IPv4 through an IPv6 socket is IP 6 and ::ffff:192.0.2.10 in their tcpaccept, so -4 hides it and -6 "
-    "shows it, and in their tcpconnect with -6, which shows it. Ours is what is on the wire.",
-    "count": "Their -c calls the columns LADDR, RADDR and RPORT. Ours have the names of the other table.",
+    "banner": "Their tcpconnect prints a line before the header. Ours does not: "
+    "scripts read the table.",
+    "RPORT": "Their tcpaccept always has this column. Ours has it with -R: the seed's "
+    "table is without.",
+    "mapped": "IPv4 through an IPv6 socket is IP 6 and ::ffff:192.0.2.10 in their "
+    "tcpaccept, so -4 hides it and -6 shows it, and in their tcpconnect with -6, which "
+    "shows it. Ours is what is on the wire.",
+    "count": "Their -c calls the columns LADDR, RADDR and RPORT. Ours have the names "
+    "of the other table.",
     "query": "Theirs says 'No DNS Query' where ours has -, which is one word.",
 }
 
 
-# Where theirs do not work. Their -d wants to know where recvmsg() puts an answer, which changed with Linux 6.4: see
+# Where theirs do not work. Their -d wants to know where recvmsg() puts a response,
+# which changed with Linux 6.4: see
 # https://github.com/iovisor/bcc/pull/5382.
 ACCEPT_IS_BLIND = KERNEL in {(5, 10), (6, 12)}  # it mistakes where sk_protocol is
 NAMES_DO_NOT_COMPILE = KERNEL == (6, 12)  # bcc 0.31
@@ -76,7 +84,9 @@ RENAMED = {"LADDR": "SADDR", "RADDR": "DADDR", "RPORT": "DPORT"}  # with -c
 
 
 def options_of(command):
-    """The options in its help, by their short names, or the long ones of those that have no other."""
+    """The options in its help, by their short names, or the long ones of those that
+    have no other.
+    """
     done = subprocess.run([command, "-h"], capture_output=True, text=True, check=True)
     return set(re.findall(r"^  (-\w|--\w+)\b", done.stdout, re.MULTILINE)) - {"-h"}
 
@@ -117,7 +127,9 @@ def headers_shown():
 
 @pytest.fixture
 def start_theirs(tmp_path, headers_shown):
-    """start_theirs([(name, command line)]) gives (process, file of its output) of each, which all trace."""
+    """start_theirs([(name, command line)]) gives (process, file of its output) of each,
+    which all trace.
+    """
     running = []
 
     def start(commands):
@@ -140,7 +152,7 @@ def wait_until(is_so, process, seconds=DEADLINE):
     """A guard, not a measure."""
     deadline = time.monotonic() + seconds
     while not is_so():
-        assert process.poll() is None, "bcc's tool has ended"
+        assert process.poll() is None, "bcc's tool has exited"
         assert time.monotonic() < deadline, "bcc's tool does not get there"
         time.sleep(0.1)
 
@@ -157,7 +169,9 @@ def table(text):
 
 
 def evened(row):
-    """A row of either without its times, which have their form; theirs with the words that ours has."""
+    """A row of either without its times, which have their form; theirs with the words
+    that ours has.
+    """
     shown = {
         RENAMED.get(title, title) if "CONNECTS" in row else title: value
         for title, value in row.items()
@@ -177,7 +191,10 @@ def total(rows):
 
 
 def visit(go, port):
-    """Once told to go, look up a name and connect to its address, as nobody. This process is neither in -p nor in a map."""
+    """Once signalled, look up a name and connect to its address, as nobody.
+
+    This process is neither in -p nor in a map.
+    """
     os.read(go, 1)
     os.setresuid(NOBODY, NOBODY, NOBODY)
     info = socket.getaddrinfo("six.example.com", port, socket.AF_INET6)
@@ -192,9 +209,11 @@ def elsewhere(function, *args):
 
 
 def expected(name, options):
-    """How many rows, or connects, (of both, of theirs that are IPv4-mapped, of ours that are) a line's options let through.
+    """How many rows, or connects, (of both, of theirs that are IPv4-mapped, of ours
+    that are) a line's options let through.
 
-    Nobody's client makes 2 over IPv4, 5 over IPv6 and 3 IPv4-mapped to the server; with -u, a visitor one over IPv6.
+    Nobody's client makes 2 over IPv4, 5 over IPv6 and 3 IPv4-mapped to the server; with
+    -u, a visitor one over IPv6.
     """
     both = 0 if "-6" in options else 2
     both += 0 if {"-4", "-P"} & options else 5
@@ -208,7 +227,9 @@ def is_blind(name):
 
 
 def stop(process, out, count):
-    """What bcc's tool prints, after it has printed so many rows; fewer, if it does not get there."""
+    """What bcc's tool prints, after it has printed so many rows; fewer, if it does not
+    get there.
+    """
 
     def has_them():
         return count == 0 or total(table(out.read_text())) >= count
@@ -278,7 +299,7 @@ def test_side_by_side(start, start_theirs, cgroups, bpffs, names):
     theirs = start_theirs([(n, line.format(**values)) for n, _, line, _ in commands])
     ours = start(
         *(f"{n} {line.format(**values)} {more}" for n, _, line, more in commands),
-        TCPTRACE_WAY=best_way(),
+        TCPTOOLS_METHOD=best_method(),
     )
     traffic.go()
     for wrapper in ([], [elsewhere]):

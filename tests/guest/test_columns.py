@@ -8,7 +8,18 @@ import subprocess
 
 import dnslib
 import pytest
-from conftest import IPV4, IPV6, NOBODY4, NOBODY6, TOP, Worker, best_way, both_ways, row
+from conftest import (
+    IPV4,
+    IPV6,
+    NOBODY4,
+    NOBODY6,
+    TOP,
+    Worker,
+    best_method,
+    best_method_only,
+    only_at_both_ends,
+    row,
+)
 from test_options import Traffic
 from traffic import (
     accept_in_threads,
@@ -17,10 +28,14 @@ from traffic import (
     waiting,
 )
 
+pytestmark = only_at_both_ends
 
-@both_ways
-def test_counts(start, way):
-    """Two users' connections, IPv4 in an IPv6 socket as IPv4; sorted, and only what the filters let through."""
+
+@best_method_only
+def test_counts(start, method):
+    """Two users' connections, IPv4 in an IPv6 socket as IPv4; sorted, and only what the
+    filters let through.
+    """
     traffic = Traffic()
     ports = [group[2] for group in traffic.workers.values()]
     connects, accepts, four, six = start(
@@ -28,7 +43,7 @@ def test_counts(start, way):
         "tcpaccept --count",
         "tcpconnect -c -4 -u nobody",
         f"tcpaccept -c -6 -P {ports[0][1]}",
-        TCPTRACE_WAY=way,
+        TCPTOOLS_METHOD=method,
     )
     traffic.go()
     (a4, a6, amapped), (b4, b6, bmapped) = ports
@@ -56,7 +71,9 @@ def test_counts(start, way):
 
 
 def test_more_flows_than_the_table_holds(start):
-    """65,535 ports over IPv4 and 1,009 over IPv6, one connect each: 1,008 too many, and counted as such."""
+    """65,535 ports over IPv4 and 1,009 over IPv6, one connect each: 1,008 too many, and
+    counted as such.
+    """
     (tool,) = start("tcpconnect -c")
     for address, count in ((NOBODY4, 65535), (NOBODY6, 1009)):
         Worker(b"client", connect_nonblocking, 0, address, count).report()
@@ -64,26 +81,28 @@ def test_more_flows_than_the_table_holds(start):
     assert len(rows) == len(set(rows)) == 65536
     assert {line.split()[-1] for line in rows} == {"1"}
     assert tool.complaints() == [
-        "tcpconnect: lost 1008 events, no room in the table",
+        "tcpconnect: lost 1008 events: table full (65,536 entries)",
     ]
 
 
 def accept_later(server, go, count):
-    """Accept `count` connections, once told to."""
+    """Accept `count` connections, once signalled."""
     os.read(go, 1)
     for _ in range(count):
         server.accept()[0].close()
 
 
-@both_ways
+@best_method_only
 @pytest.mark.parametrize(
     ("family", "address", "ip"),
     [(socket.AF_INET, IPV4, 4), (socket.AF_INET6, IPV6, 6)],
     ids=["IPv4", "IPv6"],
 )
-def test_queue(start, way, family, address, ip):
-    """What waits still at that accept, and how many may: of a queue of 4, filled by 5, and of one that is not full."""
-    table, lines = start("tcpaccept -q", "tcpaccept -q --json", TCPTRACE_WAY=way)
+def test_queue(start, method, family, address, ip):
+    """What waits still at that accept, and how many may: of a queue of 4, filled by 5,
+    and of one that is not full.
+    """
+    table, lines = start("tcpaccept -q", "tcpaccept -q --json", TCPTOOLS_METHOD=method)
     rows, queues = [], []
     for backlog, count in ((4, 5), (17, 3)):
         server = listener(family, address, backlog)
@@ -108,15 +127,17 @@ def test_queue(start, way, family, address, ip):
     assert [(line["qlen"], line["qmax"]) for line in known] == queues
 
 
-@both_ways
-def test_queue_of_threads_that_waited_before(start, way):
-    """Which socket they wait at is not known, so neither is its queue, but what they accept is shown."""
+@best_method_only
+def test_queue_of_threads_that_waited_before(start, method):
+    """Which socket they wait at is not known, so neither is its queue, but what they
+    accept is shown.
+    """
     server = listener(socket.AF_INET, IPV4)
     port = server.getsockname()[1]
     ready, tell = os.pipe()
     worker = Worker(b"blocked", accept_in_threads, server, 5, tell)
     os.read(ready, 1)
-    table, lines = start("tcpaccept -q", "tcpaccept -q --json", TCPTRACE_WAY=way)
+    table, lines = start("tcpaccept -q", "tcpaccept -q --json", TCPTOOLS_METHOD=method)
     client = Worker(b"client", connect_nothing, port, 5)
     client.report()
     worker.report()
@@ -132,7 +153,7 @@ def connect_nothing(port, count):
 
 
 def ask(name, kind="A", server="127.0.0.1"):
-    """Ask the DNS server, and read its answer."""
+    """Ask the DNS server, and read its response."""
     family = socket.AF_INET6 if ":" in server else socket.AF_INET
     question = dnslib.DNSRecord.question(name, kind).pack()
     with socket.socket(family, socket.SOCK_DGRAM) as client:
@@ -148,12 +169,16 @@ def ask_and_connect(questions, address, port):
         client.recv(1)
 
 
-@both_ways
-def test_names(start, names, way):
-    """What the process itself asked for, else what any did; over IPv4 and IPv6; the name asked for, not its alias."""
+@best_method_only
+def test_names(start, names, method):
+    """What the process itself asked for, else what any did; over IPv4 and IPv6; the
+    name asked for, not its alias.
+    """
     servers = [listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)]
     port4, port6 = (server.getsockname()[1] for server in servers)
-    table, lines = start("tcpconnect -d", "tcpconnect -d --json", TCPTRACE_WAY=way)
+    table, lines = start(
+        "tcpconnect -d", "tcpconnect -d --json", TCPTOOLS_METHOD=method
+    )
     www, six = ["www.example.com"], ["six.example.com", "AAAA"]
     alias = ["alias.example.com", "A", "::1"]
     cases = [
@@ -178,12 +203,13 @@ def test_names(start, names, way):
     assert [without_age(line) for line in shown] == [
         f"{front}{port:<5} {name or '-'}" for front, port, name in found
     ]
-    known = [json.loads(line).get("query") for line in lines.stop()]
-    assert [name and without_age(name) for name in known] == [n for *_, n in found]
+    known = [json.loads(line) for line in lines.stop()]
+    assert [line.get("query") for line in known] == [name for *_, name in found]
+    assert all(("query_age_ms" in line) == ("query" in line) for line in known)
 
 
 def without_age(text):
-    """A name without the age of its answer, which is told when the guest is slow."""
+    """A name without the age of its response, which is shown when the guest is slow."""
     return text.partition(" (")[0]
 
 
@@ -191,7 +217,7 @@ def test_names_of_a_real_resolver(start, names):
     """curl, by the C library's resolver."""
     server = listener(socket.AF_INET, IPV4)
     port = server.getsockname()[1]
-    (table,) = start("tcpconnect -d", TCPTRACE_WAY=best_way())
+    (table,) = start("tcpconnect -d", TCPTOOLS_METHOD=best_method())
     curl = subprocess.Popen(
         ["curl", "-s", "-4", f"http://www.example.com:{port}/"],
         stdout=subprocess.DEVNULL,
@@ -205,16 +231,17 @@ def test_names_of_a_real_resolver(start, names):
     )
 
 
-def test_more_answers_than_the_buffer_holds(start, names):
-    """64 pages hold 126 answers: 1,009 that are read on one CPU while the tool is stopped are 883 too many."""
-    (table,) = start("tcpconnect -d", TCPTRACE_WAY=best_way())
+def test_more_responses_than_the_buffer_holds(start, names):
+    """64 pages hold 123 responses.
+
+    1,009 that are read on one CPU while the tool is stopped are 886 too many.
+    """
+    (table,) = start("tcpconnect -d", TCPTOOLS_METHOD=best_method())
     table.process.send_signal(signal.SIGSTOP)
     Worker(b"client", ask_often, 1009).report()
     table.process.send_signal(signal.SIGCONT)
     assert table.stop() == []
-    assert table.complaints() == [
-        "tcpconnect: lost 883 DNS answers, no room in the buffer"
-    ]
+    assert table.complaints() == ["tcpconnect: lost 886 DNS responses: buffer full"]
 
 
 def ask_often(count):
@@ -224,22 +251,17 @@ def ask_often(count):
 
 
 def test_what_names_need(tmp_path):
-    """One line names the package that is missing; without -d none is missed."""
-    for package in ("dnslib", "cachetools"):
-        (tmp_path / f"{package}.py").write_text(
-            f"raise ModuleNotFoundError('gone', name='{package}')\n"
-        )
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        done = subprocess.run(
-            [TOP / "tcpconnect", "--dns"],
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=False,
-        )
-        (tmp_path / f"{package}.py").unlink()
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == (
-            f"tcpconnect: error: --dns needs {package}: install python3-{package} "
-            f"(Debian, Ubuntu, Fedora), or pip install {package}\n"
-        )
+    """One line names the package that is missing."""
+    (tmp_path / "cachetools.py").write_text("raise ModuleNotFoundError('gone')\n")
+    done = subprocess.run(
+        [TOP / "tcpconnect", "--dns"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "tcpconnect: error: -d/--dns needs cachetools: install python3-cachetools "
+        "(Debian, Ubuntu, Fedora), or pip install cachetools\n"
+    )

@@ -1,10 +1,13 @@
-"""-x: connects that fail, at once or later, by fexit and by kprobe; and what is no failure."""
+"""-x: connects that fail, immediately or later, with fexit and with kprobes; and what
+is no failure.
+"""
 
 import contextlib
 import ctypes
 import errno
 import select
 import socket
+import struct
 import subprocess
 
 import pytest
@@ -18,6 +21,7 @@ from conftest import (
     running,
 )
 from traffic import (
+    LINGER_0,
     MAPPED,
     connect_and_reset,
     connect_refused,
@@ -26,19 +30,18 @@ from traffic import (
     serve,
 )
 
-WAYS = ("fexit", "kprobe")
+METHODS = ("fexit", "kprobe")
 BEHIND_ROUTER = "198.51.100.7"  # a router answers that it cannot be reached
 REJECTED4, REJECTED6 = "192.0.2.66", "2001:db8::66"
 NO_ROUTE4, NO_ROUTE6 = "203.0.113.1", "2001:db8:ffff::1"
 TCP_SYNCNT = 7
 IPV6_RECVERR = 25
-LINGER_0 = b"\1\0\0\0\0\0\0\0"
 TCP_CLOSE = 7  # a state
 
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory):
-    commands = {way: ("tcpconnect -x", way) for way in WAYS}
+    commands = {method: ("tcpconnect -x", method) for method in METHODS}
     with running(tmp_path_factory, commands) as found:
         yield found
 
@@ -46,13 +49,14 @@ def tools(tmp_path_factory):
 @pytest.fixture
 def expect(tools):
     """expect(rows): these are what the tools print of this test."""
-    before = {way: len(tool.rows()) for way, tool in tools.items()}
+    before = {method: len(tool.rows()) for method, tool in tools.items()}
 
     def expect_rows(rows):
         marker = Worker(b"marker", connect_refused, IPV4)
         marker.report()
-        for way, tool in tools.items():
-            assert (way, rows_until(tool, before[way], marker.pid)) == (way, rows)
+        for method, tool in tools.items():
+            new = rows_until(tool, before[method], marker.pid)
+            assert (method, new) == (method, rows)
 
     return expect_rows
 
@@ -134,7 +138,7 @@ def test_a_router_says_no(expect, router, blocking):
 
 @pytest.fixture(scope="module")
 def firewall():
-    """This guest's own: it answers at once, while connect() still has the socket."""
+    """This guest's own: it responds while connect() still has the socket."""
     rules = f"""\
 table inet test {{
     chain output {{
@@ -146,27 +150,29 @@ table inet test {{
     subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True)
 
 
-def told_while_it_goes_on(address):
-    """Connect until one is told of its error while the kernel goes on trying; how many connects that took."""
+def reported_while_it_goes_on(address):
+    """Connect until one gets its error while the kernel goes on trying.
+
+    Returns how many connects that took.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     for count in range(1, 30):
         with socket.socket(family) as client:
-            if family == socket.AF_INET6:  # IPv4 tells unasked
+            if family == socket.AF_INET6:  # IPv4 reports without that
                 client.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)
             client.setblocking(False)
             assert client.connect_ex((address, 443)) == errno.EINPROGRESS
             poller = select.poll()
             poller.register(client, 0)  # errors only
             poller.poll()
-            select.select(
-                [], [], [], 0.1
-            )  # a socket that is closed reports its error first
+            # A socket that is closed reports its error first
+            select.select([], [], [], 0.1)
             state = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
             error = client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             assert error == errno.ECONNREFUSED
         if state != TCP_CLOSE:
             return count
-    raise AssertionError("each was closed when it was told")
+    raise AssertionError("each was closed when it got its error")
 
 
 @pytest.mark.parametrize(
@@ -175,8 +181,8 @@ def told_while_it_goes_on(address):
     ids=["IPv4", "IPv6"],
 )
 def test_a_firewall_says_no(expect, firewall, ip, saddr, daddr):
-    """The process closes the socket before the kernel does, but not before the answer."""
-    worker = Worker(b"client", told_while_it_goes_on, daddr)
+    """The process closes the socket before the kernel does, but after the answer."""
+    worker = Worker(b"client", reported_while_it_goes_on, daddr)
     count = worker.report()
     expect([failed_row(worker, ip, saddr, daddr, 443, "ECONNREFUSED")] * count)
 
@@ -199,7 +205,7 @@ def test_a_firewall_says_no(expect, firewall, ip, saddr, daddr):
     ids=["IPv4", "IPv6", "mapped", "link-local"],
 )
 @pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "nonblocking"])
-def test_at_once(expect, family, address, error, ip, saddr, daddr, blocking):
+def test_immediately(expect, family, address, error, ip, saddr, daddr, blocking):
     """The destination is the caller's."""
     worker = Worker(b"client", connect, family, address, 9999, blocking)
     assert worker.report() == error
@@ -207,7 +213,10 @@ def test_at_once(expect, family, address, error, ip, saddr, daddr, blocking):
 
 
 def connect_twice_from_one_port(address):
-    """Two connections from the same address and port to the same: the second cannot be. That port."""
+    """Two connections from the same address and port to the same; that port.
+
+    The second cannot be.
+    """
     with contextlib.ExitStack() as stack:
         first, second = (
             stack.enter_context(socket.socket(socket.AF_INET)) for _ in range(2)
@@ -244,7 +253,9 @@ def test_no_address(expect):
 
 
 def give_up(port):
-    """What is no failure: closed before the answer, dissolved, connected, and reset when connected; UDP."""
+    """What is no failure: closed before the answer, disconnected, connected, and reset
+    when connected; UDP.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     for give_up in (
         lambda client: client.close(),
@@ -273,16 +284,39 @@ def test_no_failure(expect):
 
 
 def hand_over(client):
-    """Begin a connect and leave its end to another process."""
+    """Start a connect and leave its outcome to another process."""
     client.setblocking(False)
     assert client.connect_ex((NOBODY4, 7)) == errno.EINPROGRESS
 
 
 def test_the_row_is_of_who_connected(expect):
-    """Not of the process that has the socket, nor of the one that runs when it fails."""
+    """Not of who has the socket, nor of the process that runs when it fails."""
     with socket.socket() as client:
         client.setsockopt(socket.IPPROTO_TCP, TCP_SYNCNT, 1)
         worker = Worker(b"client", hand_over, client)
         worker.report()
         assert outcome(client) == errno.ETIMEDOUT
     expect([failed_row(worker, 4, IPV4, NOBODY4, 7, "ETIMEDOUT")])
+
+
+TCP_AO_INFO = 40
+AO_REQUIRED = struct.pack("=I44x", 1 << 2)  # struct tcp_ao_info_opt in linux/tcp.h
+
+
+def connect_without_key():
+    """What fails inside of tcp_connect(): a socket that has to sign, without a key."""
+    with socket.socket() as client:
+        client.setsockopt(socket.IPPROTO_TCP, TCP_AO_INFO, AO_REQUIRED)
+        return client.connect_ex((IPV4, 9))
+
+
+def test_in_tcp_connect(expect):
+    """It has left SYN_SENT before the call returns, and has no address any more."""
+    with socket.socket() as client:
+        try:
+            client.setsockopt(socket.IPPROTO_TCP, TCP_AO_INFO, AO_REQUIRED)
+        except OSError as error:
+            pytest.skip(f"the kernel has no TCP-AO: {error}")
+    worker = Worker(b"client", connect_without_key)
+    assert worker.report() == errno.EKEYREJECTED
+    expect([failed_row(worker, 4, "0.0.0.0", IPV4, 9, "EKEYREJECTED")])

@@ -7,12 +7,25 @@ import subprocess
 import time
 
 import pytest
-from conftest import DEADLINE, TOOLS, TOP, Worker, both_ways, hide, row, show
+from conftest import (
+    BTF,
+    DEADLINE,
+    TOOLS,
+    TOP,
+    Worker,
+    best_method_only,
+    hide,
+    only_at_both_ends,
+    row,
+    show,
+)
 from test_kinds import CLONE_NEWNS, connect_to_itself
+
+pytestmark = only_at_both_ends
 
 
 def make_map(path, kind="hash", key=8, value=8, ids=()):
-    """A pinned map as bcc's special_filtering guide makes it, with IDs in it; its path."""
+    """A pinned map as bcc's special_filtering guide makes it, with IDs; its path."""
     words = f"type {kind} key {key} value {value} entries 128 name ids flags 0"
     subprocess.run(["bpftool", "map", "create", str(path), *words.split()], check=True)
     for number in ids:
@@ -24,7 +37,9 @@ def make_map(path, kind="hash", key=8, value=8, ids=()):
 
 
 def after(go, namespace, count):
-    """Once told to go, connect and accept `count` times, in a mount namespace of its own or not; the port."""
+    """Once signalled, connect and accept `count` times, in a mount namespace of its own
+    or not; the port.
+    """
     os.read(go, 1)
     if namespace:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -33,13 +48,13 @@ def after(go, namespace, count):
 
 
 class Group:
-    """A process that connects to itself `count` times when told to, in this cgroup."""
+    """A process in this cgroup that connects to itself `count` times when signalled."""
 
-    def __init__(self, folder, count, namespace=False):
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, directory, count, namespace=False):
+        directory.mkdir(parents=True, exist_ok=True)
         reader, self.writer = os.pipe()
         self.worker = Worker(b"member", after, reader, namespace, count)
-        (folder / "cgroup.procs").write_text(str(self.worker.pid))
+        (directory / "cgroup.procs").write_text(str(self.worker.pid))
         self.count = count
 
     def rows(self):
@@ -50,9 +65,11 @@ class Group:
         return [row(pid, "member", 4, "127.0.0.1", "127.0.0.1", port)] * self.count
 
 
-@both_ways
-def test_cgroups(start, cgroups, way):
-    """A cgroup and all below it, several, by path, by the path below the mount point, and as a unit."""
+@best_method_only
+def test_cgroups(start, cgroups, method):
+    """A cgroup and all below it, several, by path, by the path below the mount point,
+    and as a unit.
+    """
     web = Group(cgroups / "system.slice" / "web.service", 3)
     below = Group(cgroups / "system.slice" / "web.service" / "worker", 5)
     near = Group(cgroups / "system.slice" / "web.service2", 2)
@@ -63,7 +80,7 @@ def test_cgroups(start, cgroups, way):
         "tcpaccept --cgroup /system.slice/web.service/worker",
         f"tcpaccept --cgroup other --cgroup {cgroups}/system.slice/web.service2",
         f"tcpconnect --cgroup {cgroups}",
-        TCPTRACE_WAY=way,
+        TCPTOOLS_METHOD=method,
     )
     web, below, near, other, outside = (
         group.rows() for group in (web, below, near, other, outside)
@@ -76,7 +93,7 @@ def test_cgroups(start, cgroups, way):
 
 
 def wait_for(tool, text):
-    """Wait until the tool has said this on stderr."""
+    """Wait until the tool has printed this on stderr."""
     deadline = time.monotonic() + DEADLINE
     while text not in tool.err.read_text():
         assert time.monotonic() < deadline, tool.err.read_text()
@@ -84,19 +101,21 @@ def wait_for(tool, text):
 
 
 def test_a_service_that_restarts(start, cgroups):
-    """Its cgroup goes, another comes at the same path: said both times, and traced again."""
-    folder = cgroups / "web.service"
-    first, outside = Group(folder, 3), Group(cgroups, 2)
+    """Its cgroup goes, another comes at the same path: reported both times, and traced
+    again.
+    """
+    directory = cgroups / "web.service"
+    first, outside = Group(directory, 3), Group(cgroups, 2)
     connecting, counting = tools = start(
         "tcpconnect --cgroup web.service", "tcpaccept -c --cgroup web"
     )
     rows = first.rows()
-    folder.rmdir()
+    directory.rmdir()
     for tool in tools:
-        wait_for(tool, "/web.service is gone\n")
-    second = Group(folder, 5)
+        wait_for(tool, "/web.service was removed\n")
+    second = Group(directory, 5)
     for tool in tools:
-        wait_for(tool, "/web.service is a new one: what it did at first was not seen\n")
+        wait_for(tool, "/web.service was recreated; its first events were missed\n")
     outside.rows()
     rows += second.rows()
     assert connecting.stop() == rows
@@ -107,9 +126,12 @@ def test_a_service_that_restarts(start, cgroups):
     ]
 
 
-@both_ways
-def test_maps(start, cgroups, bpffs, way):
-    """As bcc's tools take them: what is in the map, not what is below it. Both together want both."""
+@best_method_only
+def test_maps(start, cgroups, bpffs, method):
+    """As bcc's tools take them: what is in the map, not what is below it.
+
+    Both together want both.
+    """
     inside = Group(cgroups / "inside", 3)
     below = Group(cgroups / "inside" / "below", 5)
     elsewhere = Group(cgroups / "inside", 7, namespace=True)
@@ -128,7 +150,7 @@ def test_maps(start, cgroups, bpffs, way):
             [TOP / name, *options],
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TCPTRACE_WAY": way},
+            env={**os.environ, "TCPTOOLS_METHOD": method},
         )
         for options in filters
         for name in TOOLS
@@ -157,8 +179,9 @@ def test_what_is_no_map_of_ids(bpffs, option):
             )
             assert (done.returncode, done.stdout) == (1, "")
             assert done.stderr == (
-                f"{name}: error: {file} is no BPF map of IDs: make one with "
-                "bpftool map create FILE type hash key 8 value 8 entries 128 name ids\n"
+                f"{name}: error: {file} is not a pinned BPF hash map with 8-byte keys; "
+                "create one with: bpftool map create FILE type hash key 8 value 8 "
+                "entries 128 name ids\n"
             )
 
 
@@ -176,13 +199,13 @@ def test_mntnsmap_needs_btf(bpffs):
         show("/sys/kernel/btf")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        "tcpaccept: error: --mntnsmap needs the kernel's BTF (/sys/kernel/btf/vmlinux)\n"
+        f"tcpaccept: error: --mntnsmap needs the kernel's BTF ({BTF})\n"
     )
 
 
 def test_a_unit_of_two_names_nothing(cgroups):
-    for folder in ("one", "two"):
-        (cgroups / folder / "app.service").mkdir(parents=True)
+    for directory in ("one", "two"):
+        (cgroups / directory / "app.service").mkdir(parents=True)
     done = subprocess.run(
         [TOP / "tcpconnect", "--cgroup", "app"],
         capture_output=True,
@@ -191,5 +214,8 @@ def test_a_unit_of_two_names_nothing(cgroups):
     )
     assert done.returncode == 2
     error = done.stderr.splitlines()[-1]
-    assert error.startswith("tcpconnect: error: argument --cgroup: take one of ")
-    assert all(f"/{folder}/app.service" in error for folder in ("one", "two"))
+    assert error.startswith(
+        "tcpconnect: error: argument --cgroup: "
+        "'app' matches several cgroups; give a path: /"
+    )
+    assert all(f"/{directory}/app.service" in error for directory in ("one", "two"))

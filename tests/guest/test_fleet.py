@@ -1,7 +1,9 @@
-"""Three hosts and a stranger, joined by a bridge: network namespaces with host names, cgroups and tools of their own.
+"""Three hosts and an external one, joined by a bridge: network namespaces with host
+names, cgroups and tools of their own.
 
-What the tools print is left in the results folder, with a list of what was done; tests/host/test_joined.py joins it.
-In one release only, for what differs between kernels is tested elsewhere.
+What the tools print is left in the results directory, with a list of what was done;
+tests/host/test_joined.py joins it. In one release only, for what differs between
+kernels is tested elsewhere.
 """
 
 import contextlib
@@ -14,16 +16,15 @@ import socket
 import subprocess
 
 import pytest
-from conftest import Worker
+from conftest import Worker, only_on
+from traffic import LINGER_0
 
 RESULTS = pathlib.Path("/mnt/rw/fleet")
-HOSTS = ("web1", "app2", "db3", "stranger")
+HOSTS = ("web1", "app2", "db3", "external")
 ADDRESSES = {
     host: (f"203.0.113.{n}", f"2001:db8:f::{n}") for n, host in enumerate(HOSTS, 1)
 }
 CLONE_NEWNET = 0x40000000
-
-is_bookworm = "VERSION_CODENAME=bookworm" in pathlib.Path("/etc/os-release").read_text()
 
 
 @contextlib.contextmanager
@@ -52,14 +53,16 @@ def network():
 
 
 def enter(host, cgroups):
-    """Make this process one of that host: in its network namespace, and in its cgroup."""
+    """Make this process one of that host: in its network namespace and cgroup."""
     (cgroups / host / "cgroup.procs").write_text(str(os.getpid()))
     with open(f"/run/netns/{host}") as namespace:
         assert ctypes.CDLL(None).setns(namespace.fileno(), CLONE_NEWNET) == 0
 
 
 def serve(host, cgroups, listening, ready):
-    """Accept on all these (address, port) until killed, and greet each client once it has been accepted."""
+    """Accept on all these (address, port) until killed, and greet each client once it
+    has been accepted.
+    """
     enter(host, cgroups)
     servers = [
         socket.create_server(
@@ -75,19 +78,20 @@ def serve(host, cgroups, listening, ready):
             with server.accept()[0] as connection:
                 connection.sendall(b".")
                 with contextlib.suppress(ConnectionResetError):
-                    connection.recv(1)  # the client ends it
+                    connection.recv(1)  # the client closes it
 
 
 def connect(host, cgroups, family, to, count, ports):
-    """Connect to an (address, port) `count` times, each accepted before the next, from these local ports if any."""
+    """Connect to an (address, port) `count` times, each accepted before the next, from
+    these local ports if any.
+    """
     enter(host, cgroups)
     for i in range(count):
         with socket.socket(family) as client:
             if ports:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                client.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
-                )  # reset: free at once
+                # Reset: the port is free immediately
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
                 client.bind(("", ports[i % len(ports)]))
             client.connect(to)
             assert client.recv(1) == b"."
@@ -101,7 +105,9 @@ def connect_refused(host, cgroups, to, count):
 
 
 class Fleet:
-    """The hosts at work. done: what was done, as tests/host/test_joined.py wants to know it."""
+    """The hosts at work. done: what was done, as tests/host/test_joined.py wants to
+    know it.
+    """
 
     def __init__(self, start, cgroups):
         self.start, self.cgroups, self.done, self.servers = start, cgroups, [], []
@@ -109,7 +115,7 @@ class Fleet:
             (cgroups / host).mkdir()
 
     def tools(self, host, *commands):
-        """Start tools on a host; they see no other host's processes, and have its name."""
+        """Start tools on a host, by its name; they see no other host's processes."""
         name = ("sh", "-c", 'hostname "$0" && exec "$@"', host)
         wrapper = ("nsenter", f"--net=/run/netns/{host}", "unshare", "--uts", *name)
         held = f"--json --cgroup {self.cgroups / host}"
@@ -135,7 +141,9 @@ class Fleet:
         family=None,
         ports=(),
     ):
-        """Have it done, and note it. seen: whether the client's and the server's tools were on."""
+        """Have it done, and note it. seen: whether the client's and the server's tools
+        were on.
+        """
         family = family or (socket.AF_INET6 if ":" in address else socket.AF_INET)
         args = (client, self.cgroups, family, (address, port), count, ports)
         Worker(comm.encode(), connect, *args).report()
@@ -207,7 +215,7 @@ class Fleet:
             os.waitpid(pid, 0)
 
 
-@pytest.mark.skipif(not is_bookworm, reason="done on bookworm")
+@only_on("bookworm")
 def test_three_hosts(start, cgroups):
     with network():
         fleet = Fleet(start, cgroups)
@@ -225,14 +233,14 @@ def test_three_hosts(start, cgroups):
 
 
 def work(fleet):
-    """All that is done; returns {host: its tools}, which have ended."""
-    web, app, db, stranger = (ADDRESSES[host][0] for host in HOSTS)
+    """All that is done; returns {host: its tools}, which have exited."""
+    web, app, db, external = (ADDRESSES[host][0] for host in HOSTS)
     web6, app6 = ADDRESSES["web1"][1], ADDRESSES["app2"][1]
     local = "127.0.0.1"
     fleet.serve("web1", "nginx", (web, 80), (web6, 80), (local, 8080))
     fleet.serve("app2", "gunicorn", (app, 8000), (app6, 8000), (app, 8001))
     fleet.serve("db3", "postgres", ("::", 5432), (local, 8080))
-    fleet.serve("stranger", "mail", (stranger, 25))
+    fleet.serve("external", "mail", (external, 25))
 
     web_tools = fleet.tools("web1", "tcpconnect", "tcpaccept", "tcpconnect -x")
     app_tools = fleet.tools("app2", "tcpconnect", "tcpaccept")
@@ -268,10 +276,10 @@ def work(fleet):
     fleet.connect(29, "web1", "flower", "app2", "gunicorn", app, 8001, ports=[45000])
     fleet.refused(13, "web1", "nginx-worker", "app2", 81)
     fleet.connect(
-        17, "stranger", "scanner", "web1", "nginx", web, 80, seen=(False, True)
+        17, "external", "scanner", "web1", "nginx", web, 80, seen=(False, True)
     )
     fleet.connect(
-        37, "db3", "backup", "stranger", "mail", stranger, 25, seen=(True, False)
+        37, "db3", "backup", "external", "mail", external, 25, seen=(True, False)
     )
 
     for tool in app_tools:

@@ -1,4 +1,5 @@
-"""Every kind of connection, shown by both tools, each tracing by fexit and by kprobe at once.
+"""Every kind of connection, shown by both tools, each tracing with fexit and with
+kprobes concurrently.
 
 The tools run under a locale that has no letters but ASCII's.
 """
@@ -26,16 +27,16 @@ from traffic import (
     serve,
 )
 
-WAYS = ("fexit", "kprobe")
+METHODS = ("fexit", "kprobe")
 CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWNET = 0x00020000, 0x20000000, 0x40000000
 TCP_FASTOPEN, TCP_FASTOPEN_CONNECT, MSG_FASTOPEN = 23, 30, 0x20000000
-IPPROTO_MPTCP = 262
+IPPROTO_MPTCP, SOL_MPTCP, MPTCP_INFO = 262, 284, 1
 
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory):
-    """{(name, way): Tool}, all tracing."""
-    commands = {(name, way): (name, way) for name in TOOLS for way in WAYS}
+    """{(name, method): Tool}, all tracing."""
+    commands = {(name, method): (name, method) for name in TOOLS for method in METHODS}
     with running(
         tmp_path_factory, commands, LANG="C", PYTHONIOENCODING="ascii"
     ) as found:
@@ -50,10 +51,10 @@ def expect(tools):
     def expect_rows(connects, accepts):
         marker = Worker(b"marker", connect_to_itself, 1)
         marker.report()
-        for (name, way), tool in tools.items():
-            new = rows_until(tool, before[name, way], marker.pid)
+        for (name, method), tool in tools.items():
+            new = rows_until(tool, before[name, method], marker.pid)
             wanted = connects if name == "tcpconnect" else accepts
-            assert (name, way, new) == (name, way, wanted)
+            assert (name, method, new) == (name, method, wanted)
 
     return expect_rows
 
@@ -69,7 +70,9 @@ def connect_to_itself(count):
 
 
 def run_container():
-    """[PID on the host, PID in the container, port] of a process in namespaces of its own, which connects 3 times."""
+    """[PID on the host, PID in the container, port] of a process in namespaces of its
+    own, which connects 3 times.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.unshare(CLONE_NEWNET | CLONE_NEWNS | CLONE_NEWPID) == 0
     reader, writer = os.pipe()
@@ -186,7 +189,7 @@ def connect_strangely(port, port6):
             time.sleep(0.01)
         client.setblocking(True)
         client.recv(1)
-    with socket.socket() as client:  # dissolved (AF_UNSPEC) and connected anew: two
+    with socket.socket() as client:  # disconnected (AF_UNSPEC) and connected anew: two
         client.connect((IPV4, port))
         client.recv(1)
         libc = ctypes.CDLL(None, use_errno=True)
@@ -225,7 +228,9 @@ def expect_five(expect, client, server, port):
 
 
 def connect_fast_open(port, count):
-    """TCP Fast Open, by connect() and by sendto(); each sends at once and is greeted."""
+    """TCP Fast Open, by connect() and by sendto(); each sends immediately and is
+    greeted.
+    """
     for i in range(count):
         with socket.socket() as client:
             if i % 2:
@@ -293,16 +298,65 @@ def connect_mptcp(port, count):
             client.recv(1)
 
 
-def test_multipath_tcp(expect):
-    """A connection with one subflow."""
+@pytest.fixture
+def mptcp_server():
     sysctl = pathlib.Path("/proc/sys/net/mptcp/enabled")
     if not sysctl.exists():
         pytest.skip("this kernel has no Multipath TCP")
     sysctl.write_text("1")
-    server = socket.socket(proto=IPPROTO_MPTCP)
-    server.bind((IPV4, 0))
-    server.listen(16)
-    port = server.getsockname()[1]
-    acceptor = Worker(b"server", serve, [server], 5)
+    with socket.socket(proto=IPPROTO_MPTCP) as server:
+        server.bind((IPV4, 0))
+        server.listen(16)
+        yield server
+
+
+def test_multipath_tcp(expect, mptcp_server):
+    """A connection with one subflow."""
+    port = mptcp_server.getsockname()[1]
+    acceptor = Worker(b"server", serve, [mptcp_server], 5)
     client = Worker(b"client", connect_mptcp, port, 5)
+    expect_five(expect, client, acceptor, port)
+
+
+def connect_with_subflows(port, subflows, count):
+    """Connect, and wait for so many more subflows."""
+    for _ in range(count):
+        with socket.socket(proto=IPPROTO_MPTCP) as client:
+            client.connect((IPV4, port))
+            client.recv(1)
+            while client.getsockopt(SOL_MPTCP, MPTCP_INFO, 1)[0] < subflows:
+                time.sleep(0.01)
+
+
+def accept_until_closed(server, count):
+    for _ in range(count):
+        with server.accept()[0] as peer:
+            peer.send(b".")
+            assert peer.recv(1) == b""
+
+
+@pytest.fixture
+def endpoints():
+    """Two addresses from which the kernel adds subflows to each connection."""
+    addresses = ("192.0.2.11", "192.0.2.12")
+    run_ip("mptcp limits set subflows 2")
+    for address in addresses:
+        run_ip(f"address add {address}/24 dev docs0")
+        run_ip(f"mptcp endpoint add {address} subflow")
+    yield addresses
+    run_ip("mptcp endpoint flush")
+    for address in addresses:
+        run_ip(f"address delete {address}/24 dev docs0")
+
+
+def run_ip(command):
+    subprocess.run(["ip", *command.split()], check=True)
+
+
+def test_multipath_tcp_with_three_subflows(expect, mptcp_server, request):
+    """The two that the kernel adds are no rows."""
+    endpoints = request.getfixturevalue("endpoints")  # where there is Multipath TCP
+    port = mptcp_server.getsockname()[1]
+    acceptor = Worker(b"server", accept_until_closed, mptcp_server, 5)
+    client = Worker(b"client", connect_with_subflows, port, len(endpoints), 5)
     expect_five(expect, client, acceptor, port)

@@ -1,4 +1,6 @@
-"""The options against the same traffic: two users' processes, over IPv4, IPv6 and IPv4 through IPv6 sockets."""
+"""The options against the same traffic: two users' processes, over IPv4, IPv6 and IPv4
+through IPv6 sockets.
+"""
 
 import calendar
 import contextlib
@@ -10,7 +12,16 @@ import re
 import socket
 import time
 
-from conftest import IPV4, IPV6, TOOLS, Worker, both_ways, btf_without, row
+from conftest import (
+    IPV4,
+    IPV6,
+    TOOLS,
+    Worker,
+    best_method_only,
+    btf_without,
+    only_at_both_ends,
+    row,
+)
 from traffic import (
     MAPPED,
     connect_and_reset,
@@ -21,12 +32,14 @@ from traffic import (
     serve,
 )
 
+pytestmark = only_at_both_ends
+
 NOBODY = 65534  # the UID
 TARGETS = [(socket.AF_INET, IPV4), (socket.AF_INET6, IPV6), (socket.AF_INET6, MAPPED)]
 
 
 def as_user(uid, go, function, *args):
-    """function(*args) as another user, once told to go."""
+    """function(*args) as another user, once signalled."""
     os.read(go, 1)
     os.setresuid(uid, uid, uid)
     return function(*args)
@@ -54,7 +67,7 @@ class Traffic:
             )
 
     def go(self):
-        """{tool: [what is known of each of its connections]}, one user's after the other's."""
+        """{tool: [what is known of each connection]}, one user's after the other's."""
         found = {name: [] for name in TOOLS}
         for uid, (client, server, _) in self.workers.items():
             os.write(self.start[uid], b"..")
@@ -76,7 +89,9 @@ class Traffic:
 
 
 def full_row(known, first, last, port=""):
-    """A row with these ends ("local" or "remote") of a connection, and the first end's port between them or not."""
+    """A row with these ends ("local" or "remote") of a connection, and the first end's
+    port between them or not.
+    """
     return row(
         known["pid"],
         known["comm"],
@@ -95,8 +110,8 @@ def accept_row(known, rport=False):
     return full_row(known, "remote", "local", known["rport"] if rport else "")
 
 
-@both_ways
-def test_filters_and_columns(start, way):
+@best_method_only
+def test_filters_and_columns(start, method):
     traffic = Traffic()
     (root_client, root_server, ports), (client, server, other) = (
         traffic.workers.values()
@@ -111,7 +126,7 @@ def test_filters_and_columns(start, way):
         f"tcpaccept -4 -U -R -P {some}",
         f"tcpaccept -6 -u {NOBODY},0 -p {server.pid}",
         f"tcpaccept -u root --pid {pids} --time --timestamp",
-        TCPTRACE_WAY=way,
+        TCPTOOLS_METHOD=method,
     )
     known = traffic.go()
     connects, accepts = known["tcpconnect"], known["tcpaccept"]
@@ -149,16 +164,18 @@ def test_filters_and_columns(start, way):
         assert tool.out.read_text().startswith("TIME     TIME(s)   PID     COMM ")
 
 
-@both_ways
-def test_json(start, cgroups, way):
-    """The same four addresses and ports in both tools; the one user's processes in a cgroup of their own."""
+@best_method_only
+def test_json(start, cgroups, method):
+    """The same four addresses and ports in both tools; the one user's processes in a
+    cgroup of their own.
+    """
     traffic = Traffic()
     cgroup = cgroups / "tcp-test"
     cgroup.mkdir()
     for worker in traffic.workers[NOBODY][:2]:
         (cgroup / "cgroup.procs").write_text(str(worker.pid))
     began = time.time()
-    tools = start("tcpconnect --json", "tcpaccept --json", TCPTRACE_WAY=way)
+    tools = start("tcpconnect --json", "tcpaccept --json", TCPTOOLS_METHOD=method)
     known = traffic.go()
     addresses = ("saddr", "sport", "daddr", "dport")
     joined = []
@@ -196,24 +213,26 @@ def test_reset_before_accept_under_a_port_filter(start):
     """Its socket's port is 0 by then, and it is found all the same."""
     server, other = listener(socket.AF_INET, IPV4), listener(socket.AF_INET, IPV4)
     port = server.getsockname()[1]
-    (by_fexit,) = start(f"tcpaccept -P {port}", TCPTRACE_WAY="fexit")
-    (by_kprobe,) = start(f"tcpaccept -P {port}", TCPTRACE_WAY="kprobe")
+    (with_fexit,) = start(f"tcpaccept -P {port}", TCPTOOLS_METHOD="fexit")
+    (with_kprobes,) = start(f"tcpaccept -P {port}", TCPTOOLS_METHOD="kprobe")
     for listening in (server, other) * 7:
         connect_and_reset(listening.getsockname())
         with contextlib.suppress(OSError):
             listening.accept()[0].close()
     comm = pathlib.Path("/proc/self/comm").read_text().rstrip("\n")
     rows = [row(os.getpid(), comm, 4, IPV4, IPV4, port)] * 7
-    assert by_fexit.stop() == rows
-    assert by_kprobe.stop() == rows
+    assert with_fexit.stop() == rows
+    assert with_kprobes.stop() == rows
 
 
 def test_the_other_family_is_not_attached(start, tmp_path):
-    """-4 works where the kernel has no tcp_v6_connect, and -6 where it has no tcp_v4_connect."""
+    """-4 works where the kernel has no tcp_v6_connect, and -6 where it has no
+    tcp_v4_connect.
+    """
     with btf_without(tmp_path, "tcp_v6_connect"):
-        (four,) = start("tcpconnect -4", TCPTRACE_WAY="fexit")
+        (four,) = start("tcpconnect -4", TCPTOOLS_METHOD="fexit")
     with btf_without(tmp_path, "tcp_v4_connect"):
-        (six,) = start("tcpconnect -6", TCPTRACE_WAY="fexit")
+        (six,) = start("tcpconnect -6", TCPTOOLS_METHOD="fexit")
     connects, _ = run_mixed_traffic()
     assert four.stop() == [line for line in connects if IPV6 not in line]
     assert six.stop() == [line for line in connects if IPV6 in line]

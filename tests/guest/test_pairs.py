@@ -1,4 +1,6 @@
-"""Each two options together, in the command lines of pairs.py, on real traffic: each filter alone hides some of it."""
+"""Each two options together, in the command lines of pairs.py, on real traffic: each
+filter alone hides some of it.
+"""
 
 import contextlib
 import ctypes
@@ -9,7 +11,7 @@ import re
 import socket
 
 import pytest
-from conftest import IPV4, IPV6, Worker, best_way, row
+from conftest import IPV4, IPV6, Worker, best_method, only_on, row
 from pairs import LINES
 from test_columns import ask, without_age
 from test_filters import make_map
@@ -22,7 +24,10 @@ NAMES = {4: "www.example.com", 6: "six.example.com"}
 
 
 def visit(server, ip, count):
-    """Connect `count` times at once to a socket's port, and accept these if it listens. What is known of each."""
+    """Connect `count` times to a socket's port, and accept these if it listens.
+
+    All are open concurrently. Returns what is known of each.
+    """
     family, address = {4: (socket.AF_INET, IPV4), 6: (socket.AF_INET6, IPV6)}[ip]
     port = server.getsockname()[1]
     listens = server.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
@@ -45,7 +50,7 @@ def visit(server, ip, count):
 
 
 def visit_all(go, uid, mount_namespace, visits):
-    """Once told to go, as this user, in a mount namespace of its own or not."""
+    """Once signalled, as this user, in a mount namespace of its own or not."""
     os.read(go, 1)
     os.sched_setaffinity(0, {0})
     if mount_namespace:
@@ -58,9 +63,11 @@ def visit_all(go, uid, mount_namespace, visits):
 
 @pytest.fixture
 def trace(start, cgroups, bpffs, names):
-    """trace(name) gives the tools of all its lines, after the traffic, and what all filters but -4 and -6 let through.
+    """trace(name) gives the tools of all its lines, after the traffic, and what all
+    filters but -4 and -6 let through.
 
-    That is what one process does at two ports. Each other process does the same but for one filter that it fails.
+    That is what one process does at two ports. Each other process does the same but for
+    one filter that it fails.
     """
 
     def run_lines(name):
@@ -76,7 +83,7 @@ def trace(start, cgroups, bpffs, names):
         cgroup, elsewhere = cgroups / "app.service", cgroups / "elsewhere"
         below = cgroup / "below"
         workers = []
-        for folder, uid, mount_namespace in (
+        for directory, uid, mount_namespace in (
             (cgroup, NOBODY, False),  # not in -p
             (cgroup, 0, False),  # not in -u
             (elsewhere, NOBODY, False),  # not in --cgroup
@@ -84,13 +91,13 @@ def trace(start, cgroups, bpffs, names):
             (cgroup, NOBODY, True),  # not in --mntnsmap
             (cgroup, NOBODY, False),  # wanted
         ):
-            folder.mkdir(exist_ok=True)
+            directory.mkdir(exist_ok=True)
             reader, go = os.pipe()
             worker = Worker(b"it", visit_all, reader, uid, mount_namespace, visits)
-            (folder / "cgroup.procs").write_text(str(worker.pid))
+            (directory / "cgroup.procs").write_text(str(worker.pid))
             workers.append((worker, go))
 
-        inodes = [folder.stat().st_ino for folder in (cgroup, elsewhere)]
+        inodes = [directory.stat().st_ino for directory in (cgroup, elsewhere)]
         here = os.stat("/proc/self/ns/mnt").st_ino
         pids = [worker.pid for worker, _ in workers[1:]]
         ports = [server.getsockname()[1] for server in (listening, closed)]
@@ -102,7 +109,7 @@ def trace(start, cgroups, bpffs, names):
             "namespaces": make_map(bpffs / "namespaces", ids=[here]),
         }
         commands = [f"{name} {line.format(**values)}" for line in LINES[name]]
-        tools = start(*commands, TCPTRACE_WAY=best_way())
+        tools = start(*commands, TCPTOOLS_METHOD=best_method())
         for worker, go in workers:
             os.write(go, b".")
             known = worker.report()  # in the end what is known of the wanted one
@@ -116,7 +123,9 @@ def trace(start, cgroups, bpffs, names):
 
 
 def timed(tool):
-    """The header and the rows without TIME and TIME(s), which have their form and order, and without a name's age."""
+    """The header and the rows without TIME and TIME(s), which have their form and
+    order, and without a name's age.
+    """
     title, *lines = tool.out.read_text().splitlines()
     shown = [without_age(line).split(maxsplit=2) for line in lines]
     for column, form in enumerate((r"\d\d:\d\d:\d\d", r"\d+\.\d{3}")):
@@ -128,7 +137,7 @@ def timed(tool):
 
 
 def table_row(one, last):
-    """With the UID in front, and the client's port between the addresses."""
+    """With a leading UID, and the client's port between the addresses."""
     address = IPV4 if one["ip"] == 4 else IPV6
     other = f"{one['lport']:<6} {address:<16}"
     last = f"{one['rport']:<5} {last}"
@@ -141,8 +150,7 @@ def objects(tool):
     times = [line.pop("ts") for line in found]
     assert times == sorted(times)
     for line in found:
-        if "query" in line:
-            line["query"] = without_age(line["query"])
+        assert (line.pop("query_age_ms", None) is None) == ("query" not in line)
     return found
 
 
@@ -170,15 +178,17 @@ def of_ip(known, ip):
     return [one for one in known if one["ip"] == ip]
 
 
+@only_on("trixie")
 def test_tcpconnect(trace):
     (table4, table6, json6, json4, count4, count6), known = trace("tcpconnect")
     failed = [one for one in known if one["error"]]
+    front = "UID    PID     COMM         "
     assert timed(table4) == [
-        "UID    PID     COMM         IP SADDR            LPORT  DADDR            DPORT ERR           QUERY",
+        f"{front}IP SADDR            LPORT  DADDR            DPORT ERR           QUERY",
         *(table_row(one, f"ECONNREFUSED  {NAMES[4]}") for one in of_ip(failed, 4)),
     ]
     assert timed(table6) == [
-        "UID    PID     COMM         IP SADDR            LPORT  DADDR            DPORT QUERY",
+        f"{front}IP SADDR            LPORT  DADDR            DPORT QUERY",
         *(table_row(one, NAMES[6]) for one in of_ip(known, 6)),
     ]
     assert objects(json6) == [
@@ -199,12 +209,14 @@ def test_tcpconnect(trace):
     ]
 
 
+@only_on("trixie")
 def test_tcpaccept(trace):
     (table4, table6, json6, json4, count4, count6), known = trace("tcpaccept")
     accepted = [one for one in known if not one["error"]]
+    front = "UID    PID     COMM         "
     for tool, ip in ((table4, 4), (table6, 6)):
         assert timed(tool) == [
-            "UID    PID     COMM         IP RADDR            RPORT  LADDR            LPORT QLEN  QMAX",
+            f"{front}IP RADDR            RPORT  LADDR            LPORT QLEN  QMAX",
             *(
                 table_row(one, f"{one['left']:<5} {BACKLOG}")
                 for one in of_ip(accepted, ip)

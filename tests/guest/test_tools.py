@@ -1,4 +1,7 @@
-"""Both tools against known traffic on this guest's own kernel. Every count of connections is a prime number."""
+"""Both tools against known traffic on this guest's own kernel.
+
+Every count of connections is a prime number.
+"""
 
 import os
 import signal
@@ -6,7 +9,6 @@ import socket
 import subprocess
 import threading
 
-import pytest
 from conftest import (
     BTF,
     DEADLINE,
@@ -15,13 +17,14 @@ from conftest import (
     TOOLS,
     TOP,
     Worker,
-    best_way,
-    both_ways,
+    both_methods,
+    both_methods_on_oldest,
     btf_without,
     changed_btf,
     failures,
-    headers,
     hide,
+    only_at_both_ends,
+    only_on,
     probed_functions,
     row,
     show,
@@ -29,65 +32,34 @@ from conftest import (
 from traffic import (
     accept_in_threads,
     connect_often,
-    connect_refused,
     listener,
     run_mixed_traffic,
     serve,
 )
 
 
-@both_ways
-def test_every_connection_once(start, way):
-    tools = start(*TOOLS, TCPTRACE_WAY=way)
-    assert [tool.way() for tool in tools] == [way, way]
+def test_every_connection_once(start):
+    """Two instances of each tool beside each other, with both methods."""
+    titles = (
+        "PID     COMM         IP SADDR            DADDR            DPORT\n",
+        "PID     COMM         IP RADDR            LADDR            LPORT\n",
+    )
     hooks = {"tcp_connect", "security_sock_graft"}
-    assert probed_functions() & hooks == (hooks if way == "kprobe" else set())
+    with_fexit = start(*TOOLS, TCPTOOLS_METHOD="fexit")
+    assert probed_functions() & hooks == set()
+    with_kprobes = start(*TOOLS, TCPTOOLS_METHOD="kprobe")
+    assert probed_functions() & hooks == hooks
     connects, accepts = run_mixed_traffic()
-    assert tools[0].stop(signal.SIGINT) == connects
-    assert tools[1].stop(signal.SIGTERM) == accepts
-    assert (
-        tools[0]
-        .out.read_text()
-        .startswith("PID     COMM         IP SADDR            DADDR            DPORT\n")
-    )
-    assert (
-        tools[1]
-        .out.read_text()
-        .startswith("PID     COMM         IP RADDR            LADDR            LPORT\n")
-    )
-    assert [tool.complaints() for tool in tools] == [[], []]
+    for method, tools in (("fexit", with_fexit), ("kprobe", with_kprobes)):
+        assert [tool.method() for tool in tools] == [method, method]
+        assert tools[0].stop(signal.SIGINT) == connects
+        assert tools[1].stop(signal.SIGTERM) == accepts
+        assert [tool.complaints() for tool in tools] == [[], []]
+        for tool, title in zip(tools, titles):
+            assert tool.out.read_text().startswith(title)
 
 
-def test_the_best_way_is_the_first_choice(start):
-    tools = start(*TOOLS)
-    assert [tool.way() for tool in tools] == [best_way()] * 2
-
-
-def test_layout_from_kernel_headers(start):
-    """With BTF hidden. One release has headers; it is slow."""
-    if not headers():
-        pytest.skip("the kernel's headers are not installed in this guest")
-    show(headers())
-    hide("/sys/kernel/btf")
-    try:
-        tools = start(*TOOLS, "tcpconnect -x -d", "tcpaccept -q")
-        assert [tool.way() for tool in tools] == ["headers"] * 4
-        connects, accepts = run_mixed_traffic()
-        refused = Worker(b"refused", connect_refused, IPV4)
-        port = refused.report()
-        attempt = row(refused.pid, "refused", 4, IPV4, IPV4, port)
-        plain, accepting, failing, queue = [tool.stop() for tool in tools]
-        assert (plain, accepting) == ([*connects, attempt], accepts)
-        assert [line for line in failing if "ENETUNREACH" not in line] == [
-            row(refused.pid, "refused", 4, IPV4, IPV4, f"{port:<5} ECONNREFUSED  -")
-        ]
-        assert [line.rsplit(maxsplit=2)[0] for line in queue] == accepts
-        assert {line.split()[-1] for line in queue} == {"128"}
-    finally:
-        show("/sys/kernel/btf")
-        hide(headers())
-
-
+@only_at_both_ends
 def test_neither_btf_nor_headers():
     hide("/sys/kernel/btf")
     try:
@@ -96,10 +68,11 @@ def test_neither_btf_nor_headers():
         show("/sys/kernel/btf")
     for name, line in said.items():
         assert line.startswith(
-            f"{name}: error: no usable BTF (/sys/kernel/btf/vmlinux) and no kernel headers: install "
+            f"{name}: error: no usable BTF ({BTF}) and no kernel headers: install "
         )
 
 
+@only_at_both_ends
 def test_btf_cut_short(tmp_path):
     """Kernel headers are tried, which are not there either."""
     with changed_btf(tmp_path, lambda whole: whole[: len(whole) // 2]):
@@ -112,14 +85,18 @@ def test_unprivileged():
     nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     said = failures(wrapper=nobody)
     assert said == {
-        name: f"{name}: error: needs root: try sudo {name}\n" for name in TOOLS
+        name: f"{name}: error: needs root: try sudo {TOP / name}\n" for name in TOOLS
     }
 
 
+@only_on("sid")
 def test_kernel_without_ipv6(start, tmp_path):
-    """As the BTF of one tells it. With fexit the IPv6 connections that this kernel makes all the same do not show."""
+    """As the BTF of one has it.
+
+    With fexit the IPv6 connections that this kernel makes all the same do not show.
+    """
     with btf_without(tmp_path, "skc_v6_daddr", "skc_v6_rcv_saddr", "tcp_v6_connect"):
-        (tool,) = start("tcpconnect", TCPTRACE_WAY="fexit")
+        (tool,) = start("tcpconnect", TCPTOOLS_METHOD="fexit")
     connects, _ = run_mixed_traffic()
     assert tool.stop() == [line for line in connects if IPV6 not in line]
     assert tool.complaints() == [
@@ -127,18 +104,19 @@ def test_kernel_without_ipv6(start, tmp_path):
     ]
 
 
+@only_on("sid")
 def test_ipv6_in_a_module(start, tmp_path):
-    """Then its functions are not in the kernel's BTF: fexit cannot be, and the kprobe sees all."""
+    """Its functions are not in the kernel's BTF: no fexit, and kprobes see all."""
     with btf_without(tmp_path, "tcp_v6_connect"):
         (tool,) = start("tcpconnect")
-    assert tool.way() == "kprobe"
+    assert tool.method() == "kprobe"
     connects, _ = run_mixed_traffic()
     assert tool.stop() == connects
     assert tool.complaints() == []
 
 
 def connect_in_threads(cpu, port, count, go):
-    """Connect `count` times, each in a thread of its own; the local ports, and waits before that until told."""
+    """Once signalled, connect `count` times, each in a thread; the local ports."""
     os.sched_setaffinity(0, {cpu})
     os.read(go, 1)
     ports = []
@@ -155,8 +133,8 @@ def connect_in_threads(cpu, port, count, go):
     return ports
 
 
-@both_ways
-def test_pid_is_a_process_not_a_thread(start, way):
+@both_methods_on_oldest
+def test_pid_is_a_process_not_a_thread(start, method):
     server = listener(socket.AF_INET, IPV4)
     port = server.getsockname()[1]
     go, tell = os.pipe()
@@ -167,7 +145,7 @@ def test_pid_is_a_process_not_a_thread(start, way):
         f"tcpconnect -p {wanted.pid}",
         f"tcpaccept --pid {acceptor.pid}",
         f"tcpaccept -p {other.pid}",
-        TCPTRACE_WAY=way,
+        TCPTOOLS_METHOD=method,
     )
     os.write(tell, b"..")
     assert (
@@ -193,9 +171,9 @@ def take_turns(cpu, family, address, port, count, my_turn, your_turn):
         os.write(your_turn, b".")
 
 
-@both_ways
-def test_order_across_cpus_and_families(start, way):
-    (tool,) = start("tcpconnect -t", TCPTRACE_WAY=way)
+@both_methods_on_oldest
+def test_order_across_cpus_and_families(start, method):
+    (tool,) = start("tcpconnect -t", TCPTOOLS_METHOD=method)
     servers = [listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)]
     ports = [server.getsockname()[1] for server in servers]
     (a, to_a), (b, to_b) = os.pipe(), os.pipe()
@@ -213,22 +191,26 @@ def test_order_across_cpus_and_families(start, way):
     assert tool.out.read_text().startswith("TIME(s)   PID     COMM ")
 
 
-@both_ways
-def test_many_threads_blocked_in_accept_before(start, way):
+@both_methods
+def test_many_threads_blocked_in_accept_before(start, method):
     """Before tracing began: neither fexit nor a kretprobe sees them return."""
     server = listener(socket.AF_INET, IPV4)
     ready, tell = os.pipe()
     worker = Worker(b"blocked", accept_in_threads, server, 211, tell)
     os.read(ready, 1)
-    (tool,) = start("tcpaccept", TCPTRACE_WAY=way)
+    (tool,) = start("tcpaccept", TCPTOOLS_METHOD=method)
     connect_often(IPV4, server.getsockname()[1], 211)
     assert len(worker.report()) == 211
     line = row(worker.pid, "blocked", 4, IPV4, IPV4, server.getsockname()[1])
     assert tool.stop() == [line] * 211
 
 
+@only_on("trixie")
 def test_reader_gone(tmp_path):
-    """As with | head -3: ends by itself, quietly, once the reader is gone, and needs no further row for that."""
+    """As with | head -3: exits by itself, quietly, once the reader is gone.
+
+    It needs no further row for that.
+    """
     with (tmp_path / "err").open("w") as err:
         tool = subprocess.Popen(
             [TOP / "tcpconnect"], stdout=subprocess.PIPE, stderr=err, text=True
@@ -242,6 +224,7 @@ def test_reader_gone(tmp_path):
     assert (tmp_path / "err").read_text() == ""
 
 
+@only_on("trixie")
 def test_disk_full():
     with open("/dev/full", "w") as full:
         done = subprocess.run(

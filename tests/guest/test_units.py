@@ -5,23 +5,22 @@ import json
 import pathlib
 import shutil
 import subprocess
-import time
 
 import pytest
-from conftest import DEADLINE, TOP
+from conftest import TOP, only_on, until
 from traffic import connect_refused, run_mixed_traffic
 
 FLEET = TOP / "examples/fleet"
-COMMON = "tcptrace-.service.d"
-UNITS = ("tcptrace-connect", "tcptrace-failed", "tcptrace-accept")
+COMMON = "tcptools-.service.d"
+UNITS = ("tcptools-connect", "tcptools-failed", "tcptools-accept")
 PARANOID = pathlib.Path("/proc/sys/kernel/perf_event_paranoid")
 CAP_PERFMON, CAP_BPF = 38, 39
-AT_ONCE = 10  # failures in the noise of mixed traffic
+IMMEDIATE = 10  # failures, in the noise of mixed traffic
 
 
 @pytest.fixture
 def installed():
-    """The tools and the units, as the README there says, and no journal of a test before."""
+    """The tools and the units, as the README there says, and an empty journal."""
     before = PARANOID.read_text()
     for name in ("tcpconnect", "tcpaccept"):
         shutil.copy(TOP / name, "/usr/local/sbin")
@@ -29,31 +28,23 @@ def installed():
     for unit in UNITS:
         shutil.copy(FLEET / f"{unit}.service", units)
     shutil.copytree(FLEET / COMMON, units / COMMON, dirs_exist_ok=True)
-    shutil.copy(FLEET / "journald@tcptrace.conf", "/etc/systemd")
-    settings = shutil.copy(FLEET / "tcptrace-sysctl.conf", "/etc/sysctl.d")
+    shutil.copy(FLEET / "journald@tcptools.conf", "/etc/systemd")
+    settings = shutil.copy(FLEET / "tcptools-sysctl.conf", "/etc/sysctl.d")
     subprocess.run(["sysctl", "--quiet", f"--load={settings}"], check=True)
     shutil.rmtree("/var/log/journal", ignore_errors=True)
     yield
     PARANOID.write_text(before)
 
 
-def until(there_is):
-    """What there_is() gives, once it gives anything."""
-    deadline = time.monotonic() + DEADLINE
-    while not (found := there_is()):
-        assert time.monotonic() < deadline, "it does not come"
-        time.sleep(0.2)
-    return found
-
-
-# systemd as the first process of a container: with a /run and a /tmp of its own, and without what would touch the guest's devices
-# or, in bullseye, cannot write where virtme-ng has mounted a file.
+# systemd as the first process of a container: with a /run and a /tmp of its own, and
+# without what would touch the guest's devices or, in bullseye, cannot write where
+# virtme-ng has mounted a file.
 START = """
 mount -t tmpfs none /run
 mount -t tmpfs none /tmp
 mkdir -p /run/systemd/system
-for unit in systemd-udevd systemd-udev-trigger systemd-modules-load systemd-sysctl systemd-sysusers; do
-    ln -s /dev/null /run/systemd/system/$unit.service
+for unit in udevd udev-trigger modules-load sysctl sysusers; do
+    ln -s /dev/null /run/systemd/system/systemd-$unit.service
 done
 exec env container=guest /lib/systemd/systemd --unit=basic.target
 """
@@ -61,7 +52,7 @@ exec env container=guest /lib/systemd/systemd --unit=basic.target
 
 @contextlib.contextmanager
 def systemd():
-    """Yields run(*command), which runs a command where that systemd is, and gives its stdout."""
+    """Yields run(*command): runs a command where that systemd is; gives its stdout."""
     namespaces = ("--pid", "--mount", "--cgroup")
     alone = ("unshare", *namespaces, "--fork", "--mount-proc", "--kill-child")
     with subprocess.Popen([*alone, "sh", "-c", START]) as process:
@@ -92,14 +83,17 @@ def status_of(text):
     return dict(line.split(":\t", 1) for line in text.splitlines())
 
 
+@only_on("sid")
 @pytest.mark.usefixtures("installed")
 def test_units():
-    """They trace, as nobody with two capabilities; their rows are in a journal; and a killed one comes back."""
+    """They trace, as nobody with two capabilities; their rows are in a journal; and a
+    killed one comes back.
+    """
     with systemd() as run:
 
         def lines(unit):
             text = run(
-                "journalctl", "--namespace=tcptrace", "--output=cat", f"--unit={unit}"
+                "journalctl", "--namespace=tcptools", "--output=cat", f"--unit={unit}"
             )
             return text.splitlines()
 
@@ -114,9 +108,8 @@ def test_units():
                 "systemctl", "show", "--value", "--property=MainPID", unit
             ).strip()
 
-        run(
-            "systemctl", "set-environment", "TCPTRACE_DEBUG=1"
-        )  # which says when tracing is on
+        # Which prints when tracing is on
+        run("systemctl", "set-environment", "TCPTOOLS_DEBUG=1")
         run("systemctl", "start", *UNITS)
         for unit in UNITS:
             until(lambda unit=unit: starts(unit) == 1)
@@ -128,23 +121,23 @@ def test_units():
 
         connects, accepts = run_mixed_traffic()
         port = connect_refused("127.0.0.1")
-        until(lambda: len(rows("tcptrace-connect")) == len(connects) + 1)
-        until(lambda: len(rows("tcptrace-accept")) == len(accepts))
-        until(lambda: len(rows("tcptrace-failed")) == AT_ONCE + 1)
-        *at_once, later = [
+        until(lambda: len(rows("tcptools-connect")) == len(connects) + 1)
+        until(lambda: len(rows("tcptools-accept")) == len(accepts))
+        until(lambda: len(rows("tcptools-failed")) == IMMEDIATE + 1)
+        *immediate, later = [
             (row["event"], row["comm"], row["dport"], row["error"])
-            for row in rows("tcptrace-failed")
+            for row in rows("tcptools-failed")
         ]
-        assert at_once == [("connect_failed", "noise", 9, "ENETUNREACH")] * AT_ONCE
+        assert immediate == [("connect_failed", "noise", 9, "ENETUNREACH")] * IMMEDIATE
         assert later == ("connect_failed", "python3", port, "ECONNREFUSED")
         shown = [row.split() for row in connects]
-        seen = rows("tcptrace-connect")[:-1]
+        seen = rows("tcptools-connect")[:-1]
         assert [
             [str(row[key]) for key in ("pid", "comm", "ip", "saddr", "daddr", "dport")]
             for row in seen
         ] == shown
         shown = [row.split() for row in accepts]
-        seen = rows("tcptrace-accept")
+        seen = rows("tcptools-accept")
         assert [
             [str(row[key]) for key in ("pid", "comm", "ip", "saddr", "daddr", "dport")]
             for row in seen

@@ -1,4 +1,6 @@
-"""Traffic whose connections are known to the last column, and what the tools should print of it."""
+"""Traffic whose connections are known to the last column, and what the tools should
+print of it.
+"""
 
 import errno
 import os
@@ -13,6 +15,7 @@ import threading
 from conftest import IPV4, IPV6, Worker, row
 
 MAPPED = f"::ffff:{IPV4}"
+LINGER_0 = b"\1\0\0\0\0\0\0\0"  # close() resets the connection
 
 
 def listener(family, address, backlog=128):
@@ -35,15 +38,17 @@ def listeners():
 
 
 def waiting(server):
-    """How many connections wait to be accepted: tcpi_unacked, which means that for a listening socket."""
+    """How many connections wait to be accepted: tcpi_unacked, which means that for a
+    listening socket.
+    """
     info = server.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
     return struct.unpack_from("=I", info, 24)[0]
 
 
 def connect_and_reset(address):
-    """A connection that its client resets at once."""
+    """A connection that its client resets immediately."""
     client = socket.create_connection(address)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
     client.close()
 
 
@@ -52,39 +57,47 @@ def plain(address):
 
 
 def ends(sock):
-    """[IP version on the wire, local address, remote address, local port, remote port] as the socket tells them."""
+    """[IP version on the wire, local address, remote address, local port, remote port]
+    as the socket reports them.
+    """
     local, remote = sock.getsockname(), sock.getpeername()
     ip = 6 if ":" in plain(remote[0]) else 4
     return [ip, plain(local[0]), plain(remote[0]), local[1], remote[1]]
 
 
 def serve(servers, count):
-    """Accept `count` connections from several listeners, each greeted and closed; their ends in order."""
-    told = []
-    while len(told) < count:
+    """Accept `count` connections from several listeners, each greeted and closed; their
+    ends in order.
+    """
+    seen = []
+    while len(seen) < count:
         for server in select.select(servers, [], [])[0]:
             with server.accept()[0] as connection:
-                told.append(ends(connection))
+                seen.append(ends(connection))
                 connection.sendall(b".")
-    return told
+    return seen
 
 
 def connect_to(targets):
-    """Connect to (family, address, port) after (family, address, port), each accepted before the next; their ends."""
+    """Connect to (family, address, port) after (family, address, port), each accepted
+    before the next; their ends.
+    """
     os.sched_setaffinity(0, {0})
-    told = []
+    seen = []
     for family, address, port in targets:
         with socket.socket(family) as client:
             client.connect((address, port))
-            told.append(ends(client))
+            seen.append(ends(client))
             client.recv(1)
-    return told
+    return seen
 
 
 def make_noise(count):
-    """What must not show: UDP and unix sockets connected, unix sockets accepted, TCP connects that fail at once.
+    """What must not show: UDP and unix sockets connected, unix sockets accepted, TCP
+    connects that fail immediately.
 
-    On a CPU of its own: a kernel that preempts itself may leave fexit out for a connect while it is busy with another.
+    On a CPU of its own: a preemptible kernel may skip an fexit program for a connect
+    while it is busy with another.
     """
     os.sched_setaffinity(0, {1})
     for _ in range(count):
@@ -109,7 +122,9 @@ def make_noise(count):
 
 
 def run_mixed_traffic():
-    """23 IPv4, 19 IPv6 and 7 IPv4-mapped connections in mixed order, among noise: (connect rows, accept rows)."""
+    """23 IPv4, 19 IPv6 and 7 IPv4-mapped connections in mixed order, among noise:
+    (connect rows, accept rows).
+    """
     servers, ports = listeners()
     targets = [(socket.AF_INET, IPV4, ports[0])] * 23 + [
         (socket.AF_INET6, IPV6, ports[1])
@@ -135,18 +150,22 @@ def run_mixed_traffic():
 
 
 def lost(tool):
-    """How many events the tool said in the end that it lost, after it said so in parts."""
+    """How many events the tool reported as lost in the end, after it reported them in
+    parts.
+    """
     said = tool.complaints()
     if not said:
         return 0
-    parts = [re.fullmatch(r"tcp\w+: lost (\d+) events, .+", line) for line in said[:-1]]
+    parts = [re.fullmatch(r"tcp\w+: lost (\d+) events: .+", line) for line in said[:-1]]
     total = sum(int(part[1]) for part in parts)
-    assert said[-1] == f"{said[-1].partition(':')[0]}: lost {total} events in all"
+    assert said[-1] == f"{said[-1].partition(':')[0]}: lost {total} events in total"
     return total
 
 
 def connect_nonblocking(cpu, address, count):
-    """Begin `count` connects, on one CPU, to where nobody answers: ports 1, 2, 3 and so on, to 65535 and again."""
+    """Start `count` connects, on one CPU, to where nobody answers: ports 1, 2, 3 and so
+    on, to 65535 and again.
+    """
     os.sched_setaffinity(0, {cpu})
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     for i in range(count):
@@ -160,7 +179,9 @@ def port_of(i):
 
 
 def accept_in_threads(server, count, ready):
-    """Accept `count` connections, each in a thread of its own, all blocked in accept() at once; the remote ports."""
+    """Accept `count` connections, each in a thread of its own, all blocked in accept()
+    concurrently; the remote ports.
+    """
     ports = []
 
     def accept():

@@ -3,6 +3,7 @@
 import importlib.util
 import pathlib
 import subprocess
+import sys
 from importlib.machinery import SourceFileLoader
 
 import pytest
@@ -18,8 +19,17 @@ def name(request):
 
 @pytest.fixture
 def tool(name):
-    """The script, loaded as a module of its own."""
+    """The script, loaded as a module of its own: for what each tool has of its own."""
     return load(name)
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """tcpconnect as a module: for the code that both tools share.
+
+    One for all tests: what a test changes in it, it changes with monkeypatch.
+    """
+    return load("tcpconnect")
 
 
 def load(name):
@@ -29,6 +39,14 @@ def load(name):
     )
     loader.exec_module(module)
     return module
+
+
+def parse(tool, *arguments):
+    """What parse_args() of a tool's module makes of a command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [tool.NAME, *arguments])
+        patch.delenv("TCPTOOLS_METHOD", raising=False)
+        return tool.parse_args()
 
 
 def run(name, *args, **options):

@@ -1,10 +1,15 @@
+"""Arguments, and what keeps a tool from tracing before it tries."""
+
 import argparse
+import io
 import os
 import pwd
 import re
+import subprocess
+from types import SimpleNamespace
 
 import pytest
-from conftest import TOP, load, run
+from conftest import TOP, parse, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,14 +30,14 @@ filters (PID, PORT and UID may be lists: 80,443):
   -4, --ipv4            trace IPv4 only
   -6, --ipv6            trace IPv6 only
   -u UID, --uid UID     trace this user only, by number or name
-  --cgroup PATH         trace this cgroup or systemd unit only (repeatable)
+  --cgroup PATH         trace this cgroup, unit or container only (repeatable)
   --cgroupmap PATH      trace cgroups in this BPF map only
   --mntnsmap PATH       trace mount namespaces in this BPF map only
 {failed}
 output:
   -T, --time            include time of day on output (HH:MM:SS)
   -U, --print-uid       include UID on output
-{columns}  --json                print one JSON object a line, with all fields
+{columns}  --json                print one JSON object per line, with all fields
   -c, --count           count {what}s per {flow}
   -b PAGES, --buffer-pages PAGES
                         size of each CPU's buffer (default: 256 pages)
@@ -91,11 +96,7 @@ def no_bcc(tmp_path):
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_is_the_seeds(name, no_bcc, option):
     done = run(name, option, env=no_bcc)
-    assert (done.returncode, done.stdout, done.stderr) == (
-        0,
-        help_text(name),
-        "",
-    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, help_text(name), "")
 
 
 def test_the_example_file_shows_each_option(name, tool):
@@ -118,155 +119,624 @@ def test_help_fits_a_screen(name):
     assert len(lines) <= 40 and max(map(len, lines)) <= 80
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [option, value]
-        for option in ("-p", "-P", "-b", "-u")
-        for value in (
-            "no such user",
-            "-1",
-            "4294967295",
-            "99999999999",
-            "1; x",
-            "1)return(0",
-            "",
-            " 1",
-            "+1",
-            "1_0",
-            "1,,2",
-            ",".join(["1"] * 65),
-        )
-    ]
-    + [["-p", "0"], ["-p", "4194305"], ["-P", "0"], ["-P", "65536"], ["-b", "0"]]
-    + [["--cgroup", "no-such-unit"], ["--cgroup", "/no/such"], ["--cgroup", ""]]
-    + [["--cgroupmap", "/no"]]
-    + [["--cgroupmap", 'a"; x'], ["--mntnsmap", ""]]
-    + [["-b", "1,2"], ["-p", "abc"], ["-P", "http"]]
-    + [["-p", "\u0661"], ["-p"], ["--pid=1.0"], ["-y"], ["181"], ["-t", "-z"]]
-    + [["-b", "3"], ["-b", "32768"], ["--buffer-pages", "\u00b2"], ["-b"]],
+PID = "not a process ID (1 to 4194304)"
+PORT = "not a port (1 to 65535)"
+PAGES = "not a power of two from 1 to 16384"
+NUMBERS = [
+    ("-p/--pid", PID, ["0", "4194305", "1.0", "abc"]),
+    ("-P/--port", PORT, ["0", "65536", "http"]),
+    ("-b/--buffer-pages", PAGES, ["0", "3", "32768", "\u00b2", "1,2"]),
+    ("-u/--uid", "no such user", []),
+]
+NO_NUMBERS = (
+    *("no such user", "-1", "4294967295", "99999999999", "1; x", "1)return(0", ""),
+    *(" 1", "+1", "1_0", "\u0661"),
 )
-def test_bad_arguments(name, no_bcc, arguments):
-    done = run(name, *arguments, env=no_bcc)
-    *usage, error = done.stderr.splitlines()
+
+
+def usage_error(tool, capsys, *arguments):
+    """The line below the usage, where a command line is refused."""
+    with pytest.raises(SystemExit) as end:
+        parse(tool, *arguments)
+    out, err = capsys.readouterr()
+    usage = tool.HELP.partition("\n\n")[0]
+    assert (end.value.code, out) == (2, "")
+    assert err.startswith(f"{usage}\n{tool.NAME}: error: ") and err.endswith("\n")
+    error = err[len(f"{usage}\n{tool.NAME}: error: ") : -1]
+    assert "\n" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("option", "what", "value"),
+    [
+        (option, what, value)
+        for option, what, values in NUMBERS
+        for value in (*NO_NUMBERS, *values)
+    ],
+)
+def test_not_a_number(shared, capsys, option, what, value):
+    error = usage_error(shared, capsys, f"{option.partition('/')[2]}={value}")
+    assert error == f"argument {option}: {what}: {value!r}"
+
+
+@pytest.mark.parametrize(("option", "what"), [("-p/--pid", PID), ("-P/--port", PORT)])
+def test_lists_with_a_bad_value(shared, capsys, option, what):
+    short = option[:2]
+    error = usage_error(shared, capsys, short, "1,,2")
+    assert error == f"argument {option}: {what}: ''"
+    error = usage_error(shared, capsys, short, "1,2 ,3")
+    assert error == f"argument {option}: {what}: '2 '"
+    error = usage_error(shared, capsys, short, ",".join(["1"] * 65))
+    assert error == f"argument {option}: too many values: 65 (maximum 64)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["-p"], "argument -p/--pid: expected one argument"),
+        (["-b"], "argument -b/--buffer-pages: expected one argument"),
+        (["181"], "unrecognized arguments: 181"),
+        (["-y"], "unrecognized arguments: -y"),
+        (["-t", "-z"], "unrecognized arguments: -z"),
+    ],
+)
+def test_no_such_arguments(shared, capsys, arguments, error):
+    assert usage_error(shared, capsys, *arguments) == error
+
+
+def test_all_that_json_includes_is_named(name, tool, capsys):
+    own = {"tcpconnect": ("-L", "-L/--lport"), "tcpaccept": ("-R", "-R/--rport")}
+    short, both = own[name]
+    error = usage_error(tool, capsys, "--json", "-T", "-t")
+    assert error == "--json already includes these: drop -t/--timestamp, -T/--time"
+    error = usage_error(tool, capsys, short, "-U", "--json")
+    assert error == f"--json already includes these: drop -U/--print-uid, {both}"
+
+
+def test_all_that_count_excludes_is_named(name, tool, capsys):
+    own = {
+        "tcpconnect": ("-x -d -L -T", "-T/--time, -L/--lport, -d/--dns, -x/--failed"),
+        "tcpaccept": ("-q -R -T", "-T/--time, -R/--rport, -q/--queue"),
+    }
+    short, both = own[name]
+    error = usage_error(tool, capsys, *short.split(), "-c", "-b", "8")
+    assert error == f"-c/--count cannot be combined with {both}, -b/--buffer-pages"
+    error = usage_error(tool, capsys, "-c", "--json")
+    assert error == "-c/--count cannot be combined with --json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "error"),
+    [
+        (["-p", "0"], {}, f"argument -p/--pid: {PID}: '0'"),
+        (["-4", "-6"], {}, "argument -6/--ipv6: not allowed with argument -4/--ipv4"),
+        (["-c", "-t"], {}, "-c/--count cannot be combined with -t/--timestamp"),
+        (
+            [],
+            {"TCPTOOLS_METHOD": "foo"},
+            "TCPTOOLS_METHOD=foo: must be fexit, kprobe or headers",
+        ),
+    ],
+)
+def test_usage_errors_of_the_command(name, no_bcc, arguments, environment, error):
+    done = run(name, *arguments, env={**no_bcc, **environment})
+    usage = "\n".join(help_text(name).splitlines()[:3])
     assert (done.returncode, done.stdout) == (2, "")
-    assert usage == help_text(name).splitlines()[:3]
-    assert error.startswith(f"{name}: error: ")
+    assert done.stderr == f"{usage}\n{name}: error: {error}\n"
 
 
-@settings(deadline=None)
-@given(st.text() | st.integers().map(str))
-def test_pages_are_a_power_of_two(text):
-    page_count = load("tcpconnect").page_count
-    powers = {str(1 << n): 1 << n for n in range(15)}
-    try:
-        assert page_count(text) == powers[text.lstrip("0")]
-    except argparse.ArgumentTypeError as error:
-        assert "not a power of two from 1 to 16384" in str(error)
-        assert text not in powers
-
-
-@pytest.mark.parametrize("number", [1 << n for n in range(15)])
-def test_every_power_of_two_is_taken(tool, number):
-    assert tool.page_count(str(number)) == number
-
-
-@settings(deadline=None)
-@given(st.integers(1, 4194304))
-def test_every_pid_is_taken(number):
-    assert load("tcpconnect").pid_number(str(number)) == number
-
-
-@settings(deadline=None)
-@given(st.text())
-def test_no_other_text_is(text):
-    pid_number = load("tcpconnect").pid_number
-    try:
-        number = pid_number(text)
-    except argparse.ArgumentTypeError as error:
-        assert "not a process ID (1 to 4194304)" in str(error)
-    else:
-        assert 1 <= number <= 4194304 and text.lstrip("0") == str(number)
-
-
-def test_bcc_missing(name, no_bcc):
-    done = run(name, env=no_bcc)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(
-        f"{name}: error: cannot load bcc (bcc was imported): install python3-bpfcc "
-    )
-    assert done.stderr.count("\n") == 1
-
-
-def test_ebpf_prints_the_program(name):
-    options = ["-p", "181,182", "-P", "80", "-u", "0,nobody", "-6", "-U"]
-    done = run(name, "--ebpf", *options)
-    nobody = pwd.getpwnam("nobody").pw_uid
+@pytest.mark.parametrize("method", ["fexit", "kprobe", "headers"])
+def test_help_with_each_method(name, no_bcc, method):
+    done = run(name, "-h", env={**no_bcc, "TCPTOOLS_METHOD": method})
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(
-        "#define FILTER_PID(x) ((x) == 181u || (x) == 182u)\n"
-        "#define FILTER_PORT(x) ((x) == 80u)\n"
-        f"#define FILTER_UID(x) ((x) == 0u || (x) == {nobody}u)\n"
-        "#define FILTER_IP 6\n"
-        "#define DETAILS 1\n"
-    )
-    bare = run(name, "--ebpf", "-t", "-T", "-b", "8").stdout
-    assert "#define FILTER" not in bare and "#define DETAILS" not in bare
-    assert "#define DETAILS 1\n" in run(name, "--ebpf", "--json").stdout
-    function = "tcp_v4_connect" if name == "tcpconnect" else "inet_csk_accept"
-    assert function in bare
+
+
+def test_unknown_method_is_no_usage_error_of_help(name, no_bcc):
+    done = run(name, "-h", env={**no_bcc, "TCPTOOLS_METHOD": "foo"})
+    assert (done.returncode, done.stdout) == (0, help_text(name))
+
+
+def test_defaults(tool):
+    args = vars(parse(tool))
+    assert args.pop("cgroup") == []
+    assert set(args.values()) == {None, False}
+
+
+def test_values(tool):
+    args = parse(tool, "-p", "1,4194304", "-P", "65535", "-u", "0,nobody", "-b", "64")
+    assert (args.pid, args.port, args.buffer_pages) == ([1, 4194304], [65535], 64)
+    assert args.uid == [0, pwd.getpwnam("nobody").pw_uid]
+
+
+def of_kind(kind, text):
+    """The value of an argument's type, or the error (text)."""
+    try:
+        return kind(text)
+    except argparse.ArgumentTypeError as error:
+        return str(error)
+
+
+@settings(deadline=None)
+@given(st.text() | st.integers(-9, 20000).map(str))
+def test_only_powers_of_two(shared, text):
+    kind = shared.number("a power of two", [1 << n for n in range(15)])
+    powers = {str(1 << n): 1 << n for n in range(15)}
+    wanted = powers.get(text.lstrip("0") if len(text) <= 10 else "")
+    assert of_kind(kind, text) == (wanted or f"not a power of two: {text!r}")
+
+
+@settings(deadline=None)
+@given(st.text() | st.integers(-9, 4194400).map(str))
+def test_only_numbers_in_range(shared, text):
+    kind = shared.number("a PID", range(1, 4194305))
+    is_number = re.fullmatch("[0-9]{1,10}", text) and 1 <= int(text) <= 4194304
+    assert of_kind(kind, text) == (int(text) if is_number else f"not a PID: {text!r}")
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(-9, 70000) | st.text(max_size=6), max_size=70))
-def test_lists(values):
+def test_lists(shared, values):
     """Each value is taken or refused as it would be alone."""
-    tool = load("tcpconnect")
+    kind = shared.list_of(shared.number("a port", range(1, 65536)))
     text = ",".join(map(str, values))
-    good = [part for part in text.split(",") if is_port(part)]
-    try:
-        assert tool.list_of(tool.port_number)(text) == [int(part) for part in good]
-        assert len(good) == len(text.split(",")) <= 64
-    except argparse.ArgumentTypeError:
-        assert len(good) < len(text.split(",")) or len(good) > 64
+    parts = text.split(",")
+    bad = [part for part in parts if not is_port(part)]
+    if len(parts) > 64:
+        wanted = f"too many values: {len(parts)} (maximum 64)"
+    else:
+        wanted = f"not a port: {bad[0]!r}" if bad else [int(part) for part in parts]
+    assert of_kind(kind, text) == wanted
 
 
 def is_port(text):
     return re.fullmatch("[0-9]{1,10}", text) is not None and 1 <= int(text) <= 65535
 
 
+def test_users(shared):
+    assert shared.user("nobody") == pwd.getpwnam("nobody").pw_uid
+    assert shared.user("root") == shared.user("0") == 0
+    assert shared.user("4294967294") == 4294967294
+    assert of_kind(shared.user, "4294967295") == "no such user: '4294967295'"
+    assert of_kind(shared.user, "a\0b") == "no such user: 'a\\x00b'"
+
+
 @settings(deadline=None)
 @given(st.text())
-def test_no_text_reaches_the_c_program(text):
-    tool = load("tcpaccept")
+def test_no_text_reaches_the_c_program(shared, text):
     try:
-        uid = tool.uid_number(text)
+        uid = shared.user(text)
     except argparse.ArgumentTypeError:
         return
-    args = argparse.Namespace(
-        pid=None,
-        port=None,
-        uid=[uid],
-        ipv4=False,
-        ipv6=False,
-        print_uid=False,
-        json=False,
-        cgroup=[],
-        cgroupmap=None,
-        mntnsmap=None,
-        count=False,
+    args = parse(shared)
+    args.uid = [uid]
+    assert shared.filter_macros(args) == {"FILTER_UID(x)": f"((x) == {uid:d}u)"}
+
+
+@pytest.fixture
+def cgroups(tmp_path, monkeypatch, shared):
+    """A cgroup2 mount that is a directory of the test's; returns it."""
+    top = tmp_path / "unified"
+    top.mkdir()
+    make_cgroups(top, "system.slice/web.service", "system.slice/db.service", "app/web")
+    mounts = f"proc /proc proc rw 0 0\ncgroup2 {top} cgroup2 rw,relatime 0 0\n"
+    has_mounts(shared, monkeypatch, mounts)
+    return top
+
+
+def make_cgroups(top, *paths):
+    for path in paths:
+        (top / path).mkdir(parents=True, exist_ok=True)
+        for directory in (top / path, *(top / path).parents):
+            if directory.is_relative_to(top):
+                (directory / "cgroup.controllers").touch()
+
+
+def has_mounts(shared, monkeypatch, text):
+    def opened(path, mode):
+        assert (path, mode) == ("/proc/self/mounts", "rb")
+        return io.BytesIO(os.fsencode(text))
+
+    monkeypatch.setattr(shared, "open", opened, raising=False)
+
+
+def test_cgroup_by_its_path(shared, cgroups):
+    for path in ("system.slice/web.service", "app/web"):
+        assert shared.cgroup(str(cgroups / path)) == str(cgroups / path)
+        assert shared.cgroup(f"/{path}") == shared.cgroup(path) == str(cgroups / path)
+    assert shared.cgroup("/") == str(cgroups)
+
+
+def test_cgroup_by_its_unit(shared, cgroups):
+    db = str(cgroups / "system.slice/db.service")
+    assert shared.cgroup("db") == shared.cgroup("db.service") == db
+    assert shared.cgroup("app") == str(cgroups / "app")
+
+
+USERS = "user.slice/user-1000.slice/user@1000.service"
+CONTAINER = "0123456789ab" + "c" * 52
+
+
+def test_unit_of_the_system_wins(shared, cgroups):
+    """Over what a user, or root in a container, calls by its name."""
+    make_cgroups(cgroups, f"{USERS}/app.slice/web.service")
+    make_cgroups(cgroups, f"system.slice/docker-{CONTAINER}.scope/web.service")
+    web = str(cgroups / "system.slice/web.service")
+    assert shared.cgroup("web") == shared.cgroup("web.service") == web
+
+
+def test_users_own_unit(shared, cgroups):
+    make_cgroups(cgroups, f"{USERS}/app.slice/mine.service")
+    own = str(cgroups / USERS / "app.slice/mine.service")
+    assert shared.cgroup("mine") == own
+
+
+def paths_of_several(shared, name):
+    """The paths in the message for a name that matches several cgroups."""
+    message = of_kind(shared.cgroup, name)
+    before = f"{name!r} matches several cgroups; give a path: "
+    assert message.startswith(before)
+    return sorted(message[len(before) :].split(", "))
+
+
+def test_several_cgroups_of_one_name(shared, cgroups):
+    paths = ("jobs/a/run", "jobs/b\x1b[2J/run", "jobs/c/run.service")
+    make_cgroups(cgroups, *paths)
+    shown = [str(cgroups / path) for path in paths]
+    shown[1] = shown[1].replace("\x1b", "\\x1b")
+    assert paths_of_several(shared, "run") == shown
+    make_cgroups(cgroups, "a.slice/run.service", "run.service")
+    both = [str(cgroups / path) for path in ("a.slice/run.service", "run.service")]
+    assert paths_of_several(shared, "run") == both
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"system.slice/docker-{CONTAINER}.scope",
+        f"machine.slice/libpod-{CONTAINER}.scope",
+        f"kubepods.slice/kubepods-pod1.slice/cri-containerd-{CONTAINER}.scope",
+        f"kubepods.slice/kubepods-pod1.slice/crio-{CONTAINER}.scope",
+        f"docker/{CONTAINER}",
+        f"kubepods/besteffort/pod1/{CONTAINER}",
+        f"{USERS}/user.slice/libpod-{CONTAINER}.scope",
+    ],
+)
+def test_cgroup_of_a_container(shared, cgroups, path):
+    """By its ID, whole or the first digits; not what is beside it."""
+    beside = f"libpod-conmon-{CONTAINER}.scope", f"docker-{'d' * 64}.scope"
+    make_cgroups(cgroups, path, *(f"machine.slice/{name}" for name in beside))
+    for digits in (12, 13, 64):
+        assert shared.cgroup(CONTAINER[:digits]) == str(cgroups / path)
+    for name in (CONTAINER[:11], CONTAINER[1:], f"{CONTAINER}c", "0123456789AB"):
+        wanted = f"no such cgroup (v2), running unit or container: {name!r}"
+        assert of_kind(shared.cgroup, name) == wanted
+
+
+@pytest.mark.parametrize("text", ["a\0b", "/a\0b", "\udcff", "/\udcff", "\ud800/"])
+def test_cgroup_of_odd_bytes(shared, cgroups, text):
+    wanted = f"no such cgroup (v2), running unit or container: {text!r}"
+    assert of_kind(shared.cgroup, text) == wanted
+    assert wanted.isprintable()
+
+
+@pytest.mark.parametrize(
+    "text", ["no-such", "", "/no/such", "web/", "w*b", "/etc", "cgroup.controllers"]
+)
+def test_no_such_cgroup(shared, cgroups, text):
+    wanted = f"no such cgroup (v2), running unit or container: {text!r}"
+    assert of_kind(shared.cgroup, text) == wanted
+
+
+def test_second_mount_of_cgroup2(shared, cgroups, monkeypatch):
+    """A path and a name are looked for in each; one directory in two is one."""
+    other, same = cgroups.parent / "other one\u2003\r", cgroups.parent / "same"
+    make_cgroups(other, "only/here")
+    same.symlink_to(cgroups)
+    tops = [str(top).replace(" ", "\\040") for top in (cgroups, same, other)]
+    lines = "".join(f"cgroup2 {top} cgroup2 rw 0 0\n" for top in tops)
+    has_mounts(shared, monkeypatch, lines)
+    for text in ("only/here", "here"):
+        assert shared.cgroup(text) == str(other / "only/here")
+    assert shared.cgroup("db") == str(cgroups / "system.slice/db.service")
+
+
+def test_no_cgroup2_mounted(shared, monkeypatch):
+    has_mounts(shared, monkeypatch, "cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n")
+    message = "no cgroup v2 hierarchy is mounted: use -p, -u or --mntnsmap"
+    assert of_kind(shared.cgroup, "web") == message
+    assert of_kind(shared.cgroup, "/a/b") == message
+
+
+def test_pinned_map(shared, tmp_path):
+    file = tmp_path / 'a"; x'
+    file.write_text("")
+    path = shared.pinned_map(str(file))
+    assert re.fullmatch(r"/proc/self/fd/\d+", path)
+    assert os.readlink(path) == str(file)
+
+
+def test_pinned_map_that_cannot_be_opened(shared, tmp_path):
+    def error(text):
+        return of_kind(shared.pinned_map, text)
+
+    file = tmp_path / "file"
+    file.write_text("")
+    assert error("/no") == "cannot open '/no': No such file or directory"
+    assert error("") == "cannot open '': No such file or directory"
+    assert error(f"{file}/x") == f"cannot open '{file}/x': Not a directory"
+    assert error("a\0b") == "cannot open 'a\\x00b': embedded null byte"
+    (tmp_path / "loop").symlink_to("loop/x")
+    loop = str(tmp_path / "loop")
+    assert error(loop) == f"cannot open {loop!r}: Too many levels of symbolic links"
+
+
+def test_pinned_map_out_of_reach(name, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become nobody")
+    tmp_path.chmod(0o700)
+    (tmp_path / "map").write_text("")
+    done = run(name, "--cgroupmap", str(tmp_path / "map"), user=65534, group=65534)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == (
+        f"{name}: error: argument --cgroupmap: cannot open '{tmp_path}/map': "
+        "Permission denied"
     )
-    assert tool.filters(args) == {"FILTER_UID(x)": f"((x) == {uid:d}u)"}
+
+
+def exits(capsys, function, *arguments):
+    """The line that a function exits with."""
+    with pytest.raises(SystemExit) as end:
+        function(*arguments)
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (1, "")
+    assert err.startswith("tcpconnect: error: ") and err.count("\n") == 1
+    return err[len("tcpconnect: error: ") : -1]
+
+
+def test_file_that_is_no_map(shared, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    path = shared.pinned_map(str(tmp_path / "file"))
+    assert exits(capsys, shared.require_hash, path) == (
+        f"{tmp_path}/file is not a pinned BPF hash map with 8-byte keys; create one "
+        "with: bpftool map create FILE type hash key 8 value 8 entries 128 name ids"
+    )
+
+
+@pytest.mark.parametrize(
+    ("info", "is_taken"),
+    [
+        ({"map_type": 1, "key_size": 8}, True),
+        ({"map_type": 1, "key_size": 4}, False),
+        ({"map_type": 2, "key_size": 8}, False),
+        ({"prog_type": 1}, False),
+    ],
+)
+def test_kind_of_map(shared, tmp_path, monkeypatch, capsys, info, is_taken):
+    (tmp_path / "file").write_text("")
+    path = shared.pinned_map(str(tmp_path / "file"))
+    monkeypatch.setattr(shared, "open_pinned", lambda path: os.open(path, os.O_RDONLY))
+    monkeypatch.setattr(shared, "fdinfo", lambda descriptor: info)
+    before = len(os.listdir("/proc/self/fd"))
+    if is_taken:
+        shared.require_hash(path)
+        assert capsys.readouterr() == ("", "")
+    else:
+        exits(capsys, shared.require_hash, path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+SYS_ADMIN, PERFMON, BPF = 1 << 21, 1 << 38, 1 << 39
+
+
+@pytest.mark.parametrize(
+    ("effective", "is_enough"),
+    [
+        (SYS_ADMIN, True),
+        (PERFMON | BPF, True),
+        ((1 << 41) - 1, True),
+        (0, False),
+        (PERFMON, False),
+        (BPF, False),
+        ((1 << 41) - 1 & ~SYS_ADMIN & ~BPF, False),
+    ],
+)
+def test_capabilities(shared, monkeypatch, capsys, effective, is_enough):
+    text = f"Name:\ta: b\nCapPrm:\t{0:016x}\nCapEff:\t{effective:016x}\n"
+    monkeypatch.setattr(shared, "open", lambda _: io.StringIO(text), raising=False)
+    monkeypatch.setattr(shared.sys, "argv", ["./tcpconnect", "-t"])
+    if is_enough:
+        shared.require_privileges()
+    else:
+        error = exits(capsys, shared.require_privileges)
+        assert error == "needs root: try sudo ./tcpconnect"
+    hint = ": run as root, or see tcpconnect(8), REQUIREMENTS"
+    assert shared.refusal_hint("") == ("" if effective & SYS_ADMIN else hint)
+
+
+def on_machine(shared, monkeypatch, machine, maxsize):
+    uname = SimpleNamespace(machine=machine)
+    monkeypatch.setattr(shared, "os", SimpleNamespace(uname=lambda: uname))
+    monkeypatch.setattr(shared.sys, "maxsize", maxsize)
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64", "riscv64", "s390x"])
+def test_machine(shared, monkeypatch, machine):
+    on_machine(shared, monkeypatch, machine, 2**63 - 1)
+    shared.require_machine()
+
+
+@pytest.mark.parametrize("machine", ["i686", "armv7l", "loongarch64"])
+def test_machine_that_is_not_known(shared, monkeypatch, capsys, machine):
+    on_machine(shared, monkeypatch, machine, 2**31 - 1)
+    assert exits(capsys, shared.require_machine) == (
+        f"cannot trace on {machine}: only on x86_64, aarch64, riscv64, s390x, ppc64le"
+    )
+
+
+def test_32_bit_python(shared, monkeypatch, capsys):
+    on_machine(shared, monkeypatch, "aarch64", 2**31 - 1)
+    assert exits(capsys, shared.require_machine) == (
+        "this Python is a 32-bit program: on aarch64 take a 64-bit one"
+    )
+
+
+def test_32_bit_kernel(name):
+    """Which reports its machine like that, as it does to a process that asks for it."""
+    if os.uname().machine != "x86_64":
+        pytest.skip("this machine has no 32-bit personality of that name")
+    command = ["setarch", "i686", "/usr/bin/python3", TOP / name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"{name}: error: cannot trace on i686: only on ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_ftrace_disabled(shared, tmp_path, monkeypatch, capsys):
+    switch = tmp_path / "ftrace_enabled"
+    monkeypatch.setattr(shared, "FTRACE", str(switch))
+    shared.require_ftrace()
+    switch.write_text("1\n")
+    shared.require_ftrace()
+    switch.write_text("0\n")
+    assert exits(capsys, shared.require_ftrace) == (
+        "ftrace is disabled: try sudo sysctl kernel.ftrace_enabled=1"
+    )
+
+
+def test_pid_namespace(shared, monkeypatch, capsys):
+    def is_in(inode):
+        stat = {"/proc/self/ns/pid": SimpleNamespace(st_ino=inode)}
+        monkeypatch.setattr(shared, "os", SimpleNamespace(stat=stat.__getitem__))
+
+    is_in(0xEFFFFFFC)
+    shared.warn_of_pid_namespace([181])
+    is_in(4026532123)
+    shared.warn_of_pid_namespace(None)
+    assert capsys.readouterr() == ("", "")
+    shared.warn_of_pid_namespace([181])
+    assert capsys.readouterr().err == (
+        "tcpconnect: running in a PID namespace; -p takes PIDs of the host\n"
+    )
 
 
 def test_unprivileged(name):
-    """Also on a kernel that could trace."""
+    """Also on a kernel that could trace, and without bcc."""
     done = run(name, **({"user": 65534, "group": 65534} if os.geteuid() == 0 else {}))
     assert (done.returncode, done.stdout, done.stderr) == (
         1,
         "",
-        f"{name}: error: needs root: try sudo {name}\n",
+        f"{name}: error: needs root: try sudo {TOP / name}\n",
     )
+
+
+def test_bcc_missing(name, no_bcc):
+    if os.geteuid() != 0:
+        pytest.skip("needs root: permissions come first")
+    done = run(name, env=no_bcc)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"{name}: error: cannot load bcc (bcc was imported): install python3-bpfcc "
+        "(Debian, Ubuntu), python3-bcc (Fedora, RHEL, openSUSE) or python-bcc (Arch)\n"
+    )
+
+
+def test_package_of_dns_missing(shared, monkeypatch, capsys):
+    monkeypatch.setitem(shared.sys.modules, "cachetools", None)
+    assert exits(capsys, shared.import_dns) == (
+        "-d/--dns needs cachetools: install python3-cachetools (Debian, Ubuntu, "
+        "Fedora), or pip install cachetools"
+    )
+
+
+LOCKDOWN = "/sys/kernel/security/lockdown"
+NO_KPROBES = (
+    "this kernel cannot trace: it has no kprobes and rejects fexit programs (it needs "
+    "CONFIG_KPROBES and CONFIG_BPF_EVENTS); in a container or a microVM, run it on the "
+    "host"
+)
+
+
+@pytest.fixture
+def kernel(shared, monkeypatch, tmp_path):
+    """What explain() looks at: lockdown, headers, kprobes, root; a test changes it."""
+    kernel = SimpleNamespace(lockdown="[none] integrity confidentiality\n")
+    kernel.headers, kernel.root = False, True
+
+    def opened(path):
+        assert path == LOCKDOWN
+        if kernel.lockdown is None:
+            raise FileNotFoundError(path)
+        return io.StringIO(kernel.lockdown)
+
+    monkeypatch.setattr(shared, "open", opened, raising=False)
+    monkeypatch.setattr(shared, "has_headers", lambda: kernel.headers)
+    monkeypatch.setattr(shared, "has_capabilities", lambda *_: kernel.root)
+    kernel.kprobes = tmp_path / "kprobe"
+    kernel.kprobes.touch()
+    monkeypatch.setattr(shared, "KPROBES", [str(tmp_path / "no"), str(kernel.kprobes)])
+    return kernel
+
+
+FAILURES = {"fexit": "no such function", "kprobe": "Operation not permitted"}
+
+
+def test_why_nothing_can_be_traced(shared, kernel):
+    failures = "fexit: no such function; kprobe: Operation not permitted"
+    reasons = f"cannot trace: {failures}"
+    denied = ": see SELinux's audit log (ausearch -m avc) and kernel_lockdown(7)"
+    assert shared.explain(FAILURES, "BTF") == reasons + denied
+    for why in ("Permission denied", "Need super-user privileges to run"):
+        assert shared.explain({"kprobe": why}, "BTF").endswith(f"{why}{denied}")
+    others = {"fexit": "no such function", "kprobe": "Invalid argument"}
+    assert shared.explain(others, "BTF").endswith("; kprobe: Invalid argument")
+    kernel.root, kernel.lockdown = False, None
+    hint = ": run as root, or see tcpconnect(8), REQUIREMENTS"
+    assert shared.explain(FAILURES, "BTF") == reasons + hint
+    kernel.kprobes.unlink()
+    assert shared.explain(FAILURES, "BTF") == NO_KPROBES
+
+
+def test_lockdown(shared, kernel):
+    kernel.lockdown = "none integrity [confidentiality]\n"
+    message = (
+        "kernel lockdown (confidentiality) does not allow this: "
+        "see tcpconnect(8), Permission"
+    )
+    assert shared.explain(FAILURES, "BTF") == message
+    kernel.lockdown = "none [integrity] confidentiality\n"
+    assert shared.explain(FAILURES, "BTF") != message
+
+
+def test_no_btf_and_headers(shared, kernel):
+    failures = {"headers": "unknown type name 'x'"}
+    message = shared.explain(failures, None)
+    assert message == (
+        "no usable BTF (/sys/kernel/btf/vmlinux) and no kernel headers: install "
+        "linux-headers-$(uname -r) (Debian, Ubuntu), linux-headers-rpi-v8 or "
+        "raspberrypi-kernel-headers (Raspberry Pi OS), kernel-devel-$(uname -r) "
+        "(Fedora, RHEL), kernel-default-devel (openSUSE) or linux-headers (Arch)"
+    )
+    kernel.headers = True
+    assert shared.explain(failures, None) == (
+        "no usable BTF (/sys/kernel/btf/vmlinux), and the kernel headers do not "
+        "compile with this bcc: unknown type name 'x'"
+    )
+
+
+def test_method_that_this_kernel_does_not_offer(shared, kernel, monkeypatch):
+    monkeypatch.setenv("TCPTOOLS_METHOD", "fexit")
+    for btf in ("BTF", None):
+        assert shared.explain({}, btf) == (
+            "this kernel does not offer TCPTOOLS_METHOD=fexit"
+        )
+
+
+def test_first_error_of_the_compiler(shared):
+    said = "a.c:1:2: warning: w\na.c:3:4: error: first\n1 error:\nerror: second\n"
+    assert shared.reason(Exception("Failed to compile"), said) == "first"
+    error = Exception("Failed to load")
+    assert shared.reason(error, "warning: w\n") == "Failed to load"
 
 
 def test_kernel_that_cannot_trace(name, tool):
@@ -276,7 +746,38 @@ def test_kernel_that_cannot_trace(name, tool):
         pytest.skip("needs root")
     done = run(name)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        f"{name}: error: this kernel has no kprobes and refuses fexit programs: "
-        "boot one with CONFIG_KPROBES and CONFIG_BPF_EVENTS\n"
+    assert done.stderr == f"{name}: error: {NO_KPROBES}\n"
+
+
+def test_ebpf_prints_the_program(name, tool):
+    options = ["-p", "181,182", "-P", "80", "-u", "0,nobody", "-6", "-U"]
+    done = run(name, "--ebpf", *options)
+    nobody = pwd.getpwnam("nobody").pw_uid
+    assert (done.returncode, done.stderr) == (0, "")
+    beginning = "" if os.path.exists(tool.BTF) else tool.KERNEL_HEADERS
+    assert done.stdout.startswith(
+        f"{beginning}#define FILTER_PID(x) ((x) == 181u || (x) == 182u)\n"
+        "#define FILTER_PORT(x) ((x) == 80u)\n"
+        f"#define FILTER_UID(x) ((x) == 0u || (x) == {nobody}u)\n"
+        "#define FILTER_IP 6\n"
     )
+    assert "READS(" not in done.stdout
+    bare = run(name, "--ebpf", "-t", "-T", "-b", "8").stdout
+    assert "#define FILTER" not in bare
+    structs = {"event_t": tool.EVENT, "flow_t": tool.FLOW}
+    assert bare.endswith(
+        "".join(
+            f"_Static_assert(sizeof(struct {name}) == {record.size}, "
+            '"what Python unpacks");\n'
+            for name, record in structs.items()
+        )
+    )
+
+
+def test_ebpf_without_root(name):
+    """It reads no more than BTF, which everyone may."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become nobody")
+    done = run(name, "--ebpf", user=65534, group=65534)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == run(name, "--ebpf").stdout

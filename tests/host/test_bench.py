@@ -1,4 +1,6 @@
-"""tests/bench: the table that it prints, and what the README and the man pages say of it."""
+"""tests/bench: the table that it prints, and what the README and the man pages say of
+it.
+"""
 
 import re
 import subprocess
@@ -14,7 +16,9 @@ def number(text):
 
 
 def cell(text):
-    """(median, minimum, maximum, ratio to bcc's or None) of a cell of the table; None of an empty one."""
+    """(median, minimum, maximum, ratio to bcc's or None) of a cell of the table; None
+    of an empty one.
+    """
     if not text:
         return None
     middle, least, most, ratio = CELL.fullmatch(text).groups()
@@ -23,7 +27,10 @@ def cell(text):
 
 
 def parse(text):
-    """{figure: {tool: what cell() gives}} of the first table in a Markdown text that begins as the bench's does."""
+    """{figure: {tool: what cell() gives}} of a table in a Markdown text.
+
+    It is the first one that begins as the bench's does.
+    """
     lines = text[text.index("| | fexit |") :].partition("\n\n")[0].splitlines()
     (_, *tools), rule, *rows = ([c.strip() for c in x[1:-1].split("|")] for x in lines)
     assert rule == ["---"] + ["---:"] * len(tools)
@@ -42,7 +49,9 @@ def versions(text):
 
 
 def test_a_table():
-    """What is added to no tool's median; the ratio to bcc's where that is more than nothing; no other tool's column."""
+    """What is added to no tool's median; the ratio to bcc's where that is more than
+    nothing; no other tool's column.
+    """
     bench = load("tests/bench")
     measured = {
         ("a connect", "no tool"): [1000, 1010, 990],
@@ -76,7 +85,10 @@ def test_a_table():
 
 
 def test_quick(request):
-    """Ours costs less than bcc's, on a real kernel. Where the guests are tested, for it boots one of them."""
+    """Ours costs less than bcc's, on a real kernel.
+
+    Where the guests are tested, for it boots one of them.
+    """
     results = request.config.getoption("--guest-results", default=None)
     if not results or not (results / "bookworm").exists():
         pytest.skip("no guests")

@@ -1,13 +1,22 @@
-"""Reading perf buffers: what the kernel writes into them, on files in memory."""
+"""Perf buffers, as the kernel fills them, on files in memory; and BPF maps."""
 
+import contextlib
+import ctypes
+import errno
+import io
 import itertools
 import mmap
 import os
+import select
 import struct
+import subprocess
+import sys
+import tempfile
+import weakref
 from types import SimpleNamespace
 
 import pytest
-from conftest import load
+from conftest import TOP, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +42,7 @@ class Ring:
         self.fd = os.memfd_create("ring")
         os.truncate(self.fd, BYTES + mmap.PAGESIZE)
         self.map = mmap.mmap(self.fd, 0)
+        weakref.finalize(self, os.close, self.fd)
         struct.pack_into("=QQ", self.map, 1024, begin, begin)
 
     def counters(self):
@@ -47,76 +57,189 @@ class Ring:
         struct.pack_into("=Q", self.map, 1024, head)
 
 
-class Table:
-    """A table of bcc's whose perf buffers are these rings."""
+class Poll(set):
+    """A fake of a poll object: the descriptors that are in it."""
 
-    def __init__(self, b, rings):
-        self.b, self.rings = b, rings
+    def register(self, descriptor, events):
+        assert events == select.POLLIN
+        self.add(descriptor)
 
-    def open_perf_buffer(self, _callback, **options):
-        assert options.pop("page_cnt") == PAGES
-        self.options = options
-        for cpu, ring in enumerate(self.rings):
-            self.b.perf_buffers[(id(self), cpu)] = ring.fd
+    def unregister(self, descriptor):
+        self.remove(descriptor)
 
 
-class Program(dict):
-    """A BPF of bcc's (0.19 and later) with tables of such rings."""
+@contextlib.contextmanager
+def cpus(shared, *rings, opened=None):
+    """CPUs that have these rings.
 
-    def __init__(self, **tables):
-        self.perf_buffers = {}
-        super().__init__((name, Table(self, rings)) for name, rings in tables.items())
+    opened: a list, which gets what each was opened and put into the map with.
+    """
+    opened = [] if opened is None else opened
 
-    def perf_buffer_consume(self):
-        raise AssertionError("reads for itself")
+    def syscall(which, attr, pid, cpu, group, flags):
+        opened.append((which, bytes(attr), pid, cpu, group, flags))
+        return rings[cpu].fd
+
+    def map_update(*arguments):
+        opened.append(arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "online_cpus", lambda: range(len(rings)))
+        patch.setattr(shared, "syscall", syscall)
+        patch.setattr(shared, "map_update", map_update)
+        yield
 
 
-def open_buffers(tool, b, table="events"):
-    tool.lib = SimpleNamespace(perf_reader_fd=lambda fd: fd)
-    return tool.open_buffers(b, table, EVENT, PAGES)
+def open_buffers(shared, *rings, opened=None):
+    """The Buffers of a map, 71, on CPUs that have these rings."""
+    with cpus(shared, *rings, opened=opened):
+        return shared.Buffers(71, EVENT, PAGES, Poll())
 
 
 def shown(events):
     return [(ts, name[:length]) for ts, length, name in events]
 
 
-def test_events_of_all_cpus_are_taken_once(tool):
+def test_events_of_all_cpus_are_read_once(shared):
     first, second = Ring(), Ring()
-    b = Program(events=[first, second])
-    take = open_buffers(tool, b)
-    assert take() == []
+    buffers = open_buffers(shared, first, second)
+    assert buffers.poll == {first.fd, second.fd}
+    assert buffers.read() == []
     first.write(sample(7, b"a") + sample(9, b"b"))
     second.write(sample(8, b"c"))
-    assert shown(take()) == [(7, b"a"), (9, b"b"), (8, b"c")]
-    assert take() == []
+    assert shown(buffers.read()) == [(7, b"a"), (9, b"b"), (8, b"c")]
+    assert buffers.read() == []
     for ring in (first, second):
         head, tail = ring.counters()
         assert head == tail > 0
 
 
-def test_each_table_has_its_own_buffers(tool):
-    events, answers = Ring(), Ring()
-    b = Program(events=[events], answers=[answers])
-    take_events = open_buffers(tool, b)
-    take_answers = open_buffers(tool, b, "answers")
-    events.write(sample(1, b"event"))
-    answers.write(sample(2, b"answer"))
-    assert shown(take_answers()) == [(2, b"answer")]
-    assert shown(take_events()) == [(1, b"event")]
+def test_buffers_that_are_opened_anew(shared, monkeypatch):
+    """What is on its way into the old ones is read, for 20 ms; and what is in them."""
+    clock = [0]
+    monkeypatch.setattr(shared.time, "monotonic_ns", lambda: clock[0])
+    closed = []
+    monkeypatch.setattr(shared.os, "close", closed.append)
+    old, offline, new, other = (Ring() for _ in range(4))
+    buffers = open_buffers(shared, old, offline)
+    buffers.poll.unregister(offline.fd)  # as wait() does
+    old.write(sample(1, b"a"))
+    opened = []
+    with cpus(shared, new, other, opened=opened):
+        buffers.open()
+    put = [(cpu[0], fd[0]) for _, cpu, fd in opened[1::2]]
+    assert put == [(0, new.fd), (1, other.fd)]
+    old.write(sample(2, b"b"))
+    new.write(sample(3, b"c"))
+    clock[0] = 20_000_000
+    assert shown(buffers.read()) == [(1, b"a"), (2, b"b"), (3, b"c")]
+    old.write(sample(4, b"d"))
+    other.write(sample(5, b"e"))
+    assert (buffers.poll, closed) == ({old.fd, new.fd, other.fd}, [])
+    clock[0] = 20_000_001
+    assert shown(buffers.read()) == [(4, b"d"), (5, b"e")]
+    assert (buffers.poll, closed) == ({new.fd, other.fd}, [old.fd, offline.fd])
+    old.write(sample(6, b"f"))
+    assert buffers.read() == []
 
 
-def test_wakes_when_a_quarter_is_full(tool):
-    b = Program(events=[Ring()])
-    open_buffers(tool, b)
-    assert b["events"].options == {"wakeup_events": BYTES // 72 // 4}
+def test_when_buffers_are_opened_anew(shared, monkeypatch):
+    """CPUs have come online, or the machine was suspended; at most once per second."""
+    clock, asleep, counters, opened = [0], [70], [0] * 5, []
+    monkeypatch.setattr(shared.time, "monotonic_ns", lambda: clock[0])
+    now = lambda _clock: clock[0] + asleep[0]
+    monkeypatch.setattr(shared.time, "clock_gettime_ns", now)
+    losses = SimpleNamespace(counters=counters)
+    buffers = [SimpleNamespace(open=lambda: opened.append(clock[0]))]
+    hotplug = shared.Hotplug(losses, buffers)
+    steps = [  # (time in ms, counted for want of a buffer, ms asleep)
+        *((0, 0, 0), (200, 1, 0), (400, 1, 0), (600, 2, 0), (1199, 2, 0)),
+        *((1200, 2, 0), (2300, 2, 99), (2500, 2, 101), (4000, 2, 101)),
+    ]
+    for ms, lost_events, asleep_ms in steps:
+        clock[0], asleep[0] = ms * 1_000_000, 70 + asleep_ms * 1_000_000
+        counters[shared.CPU_OFFLINE] = lost_events
+        hotplug.check()
+    assert [ns // 1_000_000 for ns in opened] == [200, 1200, 2500]
+
+
+def test_how_a_buffer_is_opened(shared):
+    """It wakes its reader when it is a quarter full.
+
+    Source: struct perf_event_attr in linux/perf_event.h, perf_event_open(2).
+    """
+    opened = []
+    open_buffers(shared, Ring(), ring := Ring(), opened=opened)
+    _, _, call, update = opened
+    which, attr, pid, cpu, group, flags = call
+    assert (which, pid, cpu, group) == (1, -1, 1, -1)
+    assert flags == 8  # PERF_FLAG_FD_CLOEXEC
+    names = "type size config sample_period sample_type read_format flags wakeup_events"
+    values = struct.unpack("=IIQQQQQI", attr[:52])
+    assert dict(zip(names.split(), values)) == {
+        "type": 1,  # PERF_TYPE_SOFTWARE
+        "size": 64,  # PERF_ATTR_SIZE_VER0
+        "config": 10,  # PERF_COUNT_SW_BPF_OUTPUT
+        "sample_period": 1,
+        "sample_type": 1 << 10,  # PERF_SAMPLE_RAW
+        "read_format": 0,
+        "flags": 0,  # and so no watermark: the wakeup is by events
+        "wakeup_events": BYTES // 72 // 4,
+    }
+    assert attr[52:] == bytes(12)
+    assert update == (71, struct.pack("=I", 1), struct.pack("=I", ring.fd))
+
+
+def test_events_larger_than_a_quarter_wake_one_by_one(shared):
+    opened, ring, event = [], Ring(), struct.Struct("=QII2500s")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "online_cpus", lambda: [0])
+        patch.setattr(shared, "map_update", lambda *_: None)
+        patch.setattr(shared, "syscall", lambda *a: opened.append(a[1]) or ring.fd)
+        shared.Buffers(71, event, PAGES, Poll())
+    assert struct.unpack_from("=I", opened[0], 48) == (1,)
+
+
+def test_the_pages_that_were_asked_for(shared, monkeypatch):
+    lengths = []
+
+    def mmap_of(descriptor, length):
+        lengths.append(length)
+        return mmap.mmap(-1, length)
+
+    fakes = SimpleNamespace(mmap=mmap_of, PAGESIZE=mmap.PAGESIZE)
+    monkeypatch.setattr(shared, "mmap", fakes)
+    monkeypatch.setattr(shared, "online_cpus", lambda: [0, 2])
+    monkeypatch.setattr(shared, "syscall", lambda *_: 9)
+    monkeypatch.setattr(shared, "map_update", lambda *_: None)
+    shared.Buffers(71, EVENT, 64, Poll())
+    assert lengths == [65 * mmap.PAGESIZE] * 2
+
+
+@pytest.mark.parametrize("is_root", [True, False])
+def test_buffers_that_cannot_be_opened(shared, monkeypatch, capsys, is_root):
+    def syscall(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(shared, "online_cpus", lambda: [0])
+    monkeypatch.setattr(shared, "syscall", syscall)
+    monkeypatch.setattr(shared, "has_capabilities", lambda *_: is_root)
+    with pytest.raises(SystemExit) as end:
+        shared.Buffers(71, EVENT, PAGES, Poll())
+    hint = ": run as root, or see tcpconnect(8), REQUIREMENTS"
+    if is_root:
+        hint = ": see SELinux's audit log (ausearch -m avc) and kernel_lockdown(7)"
+    assert (end.value.code, capsys.readouterr().err) == (
+        1,
+        f"tcpconnect: error: cannot open perf buffers: Operation not permitted{hint}\n",
+    )
 
 
 @pytest.mark.parametrize("begin", range(BYTES - 80, BYTES + 8, 8))
-def test_records_go_around_the_end_of_the_buffer(tool, begin):
-    ring = Ring(begin)
-    take = open_buffers(tool, Program(events=[ring]))
+def test_records_go_around_the_end_of_the_buffer(shared, begin):
+    buffers = open_buffers(shared, ring := Ring(begin))
     ring.write(sample(1, b"one") + sample(2, b"two"))
-    assert shown(take()) == [(1, b"one"), (2, b"two")]
+    assert shown(buffers.read()) == [(1, b"one"), (2, b"two")]
 
 
 @settings(deadline=None)
@@ -126,10 +249,10 @@ def test_records_go_around_the_end_of_the_buffer(tool, begin):
         max_size=10,
     )
 )
-def test_any_records(batches):
-    """None stands for a record of lost events; all else must come out as it went in."""
+def test_any_records(shared, batches):
+    """None is a record of lost events; all else must come out as it went in."""
     ring, ts = Ring(), itertools.count(1)
-    take = open_buffers(load("tcpconnect"), Program(events=[ring]))
+    buffers = open_buffers(shared, ring)
     for batch in batches:
         expected = [(next(ts), name) for name in batch if name is not None]
         times = iter(expected)
@@ -138,43 +261,249 @@ def test_any_records(batches):
                 lost(3) if name is None else sample(*next(times)) for name in batch
             )
         )
-        assert shown(take()) == expected
+        assert shown(buffers.read()) == expected
 
 
-def test_a_full_buffer(tool):
-    ring = Ring()
-    take = open_buffers(tool, Program(events=[ring]))
+def test_a_full_buffer(shared):
+    buffers = open_buffers(shared, ring := Ring())
     most = BYTES // 72
     ring.write(b"".join(sample(ts, b"x") for ts in range(most)))
-    assert shown(take()) == [(ts, b"x") for ts in range(most)]
+    assert shown(buffers.read()) == [(ts, b"x") for ts in range(most)]
 
 
-def test_as_many_lost_records_as_fill_a_whole_event(tool):
+def test_as_many_lost_records_as_fill_a_whole_event(shared):
     """Three of them have the size of an event."""
-    ring = Ring()
-    take = open_buffers(tool, Program(events=[ring]))
+    buffers = open_buffers(shared, ring := Ring())
     ring.write(sample(1, b"a") + 3 * lost(1) + sample(2, b"b"))
-    assert shown(take()) == [(1, b"a"), (2, b"b")]
+    assert shown(buffers.read()) == [(1, b"a"), (2, b"b")]
 
 
-def test_the_end_of_a_rest(tool, monkeypatch):
-    """A signal asks for it, or the reader of stdout is gone; a buffer that fills up only ends the rest."""
+def test_records_of_the_tools_events(tool):
+    """The kernel pads a record to 8 bytes; a sample's size of 4 bytes is in it."""
+    events = [tool.EVENT]
+    events += [tool.FAILURE, tool.RESPONSE] if tool.NAME == "tcpconnect" else []
+    for event in events:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tool, "online_cpus", lambda: ())
+            record = tool.Buffers(71, event, PAGES, Poll()).record
+        assert record.size == -(-(8 + 4 + event.size) // 8) * 8
+        packed = (bytes(range(256)) * 9)[: event.size]
+        padding = bytes(record.size - 12 - event.size)
+        assert record.unpack(bytes(12) + packed + padding) == event.unpack(packed)
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"),
+    [
+        ("0\n", [0]),
+        ("0-3\n", [0, 1, 2, 3]),
+        ("0-3,6\n", [0, 1, 2, 3, 6]),
+        ("1,4-5,127-128\n", [1, 4, 5, 127, 128]),
+    ],
+)
+def test_online_cpus(shared, monkeypatch, text, cpus):
+    files = {"/sys/devices/system/cpu/online": text}
+    opened = lambda path: io.StringIO(files[path])
+    monkeypatch.setattr(shared, "open", opened, raising=False)
+    assert list(shared.online_cpus()) == cpus
+
+
+def test_online_cpus_of_this_machine(shared):
+    assert len(list(shared.online_cpus())) == os.sysconf("SC_NPROCESSORS_ONLN")
+
+
+@pytest.mark.parametrize("page_bytes", [4096, 65536])
+@pytest.mark.parametrize("cpus", [1, 2, 4, 31, 32, 33, 128, 4096])
+def test_buffers_stay_under_32_mb(shared, monkeypatch, cpus, page_bytes):
+    monkeypatch.setattr(shared.os, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(shared, "mmap", SimpleNamespace(PAGESIZE=page_bytes))
+    (pages,) = shared.buffer_pages(parse(shared))
+    bound = (32 << 20) // page_bytes // cpus
+    assert pages == max(1, min(256, 1 << max(0, bound.bit_length() - 1)))
+    assert shared.buffer_pages(parse(shared, "-b", "16384")) == [16384]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "pages"),
+    [
+        (1, [256, 64]),
+        (25, [256, 64]),
+        (26, [128, 64]),
+        (42, [128, 64]),
+        (43, [64, 64]),
+        (512, [8, 8]),
+        (8192, [1, 1]),
+    ],
+)
+def test_two_buffers_per_cpu_stay_under_32_mb(shared, monkeypatch, cpus, pages):
+    """Together, with -d; -b means the events' only."""
+    monkeypatch.setattr(shared.os, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(shared, "mmap", SimpleNamespace(PAGESIZE=4096))
+    assert shared.buffer_pages(parse(shared), 64) == pages
+    assert sum(pages) * cpus * 4096 <= 32 << 20 or pages == [1, 1]
+    args = parse(shared, "-b", "16384")
+    assert shared.buffer_pages(args, 64) == [16384, pages[1]]
+
+
+ROOM = 4096  # of a batch
+BATCH = struct.Struct("=QQQQIIQQ")  # of union bpf_attr: struct used by BPF_MAP_*_BATCH
+
+
+class Kernel:
+    """A hash map, read in batches by a fake bpf()."""
+
+    def __init__(self, items):
+        self.items, self.position, self.calls = items, 0, 0
+
+    def bpf(self, command, attr):
+        assert command == 24  # BPF_MAP_LOOKUP_BATCH
+        in_batch, out_batch, keys, values, count, map_fd, *flags = BATCH.unpack(attr)
+        assert (count, map_fd, flags) == (ROOM, 71, [0, 0])
+        position = ctypes.string_at(in_batch, 4) if in_batch else bytes(4)
+        assert position == struct.pack("=I", self.position)
+        assert bool(in_batch) == bool(self.calls)
+        self.calls += 1
+        batch = self.items[self.position : self.position + ROOM]
+        self.position += len(batch)
+        for address, part in ((keys, 0), (values, 1)):
+            data = b"".join(item[part] for item in batch)
+            ctypes.memmove(address, data, len(data))
+        ctypes.memmove(out_batch, struct.pack("=I", self.position), 4)
+        struct.pack_into("=I", attr, 32, len(batch))
+        if self.position == len(self.items):
+            raise OSError(errno.ENOENT, "")
+
+
+@pytest.mark.parametrize(("count", "calls"), [(2 * ROOM + 17, 3), (ROOM, 1), (0, 1)])
+def test_map_items(shared, monkeypatch, count, calls):
+    items = [(struct.pack("=QI", i, 7), struct.pack("=Q", 3 * i)) for i in range(count)]
+    kernel = Kernel(items)
+    monkeypatch.setattr(shared, "bpf", kernel.bpf)
+    monkeypatch.setattr(shared, "fdinfo", {71: {"key_size": 12, "value_size": 8}}.get)
+    assert list(shared.map_items(71)) == items
+    assert kernel.calls == calls
+
+
+def test_map_items_that_the_kernel_refuses(shared, monkeypatch):
+    def bpf(*_):
+        raise OSError(errno.EPERM, "")
+
+    monkeypatch.setattr(shared, "bpf", bpf)
+    monkeypatch.setattr(shared, "fdinfo", {71: {"key_size": 4, "value_size": 4}}.get)
+    with pytest.raises(PermissionError):
+        list(shared.map_items(71))
+
+
+def test_map_update(shared, monkeypatch):
+    """Source: union bpf_attr in linux/bpf.h, BPF_MAP_*_ELEM commands."""
+    updates = []
+
+    def bpf(command, attr):
+        map_fd, key, value, flags = struct.unpack("=I4xQQQ", attr)
+        texts = ctypes.string_at(key, 4), ctypes.string_at(value, 8)
+        updates.append((command, map_fd, *texts, flags))
+
+    monkeypatch.setattr(shared, "bpf", bpf)
+    shared.map_update(71, b"key\0", b"\0value\0\0")
+    assert updates == [(2, 71, b"key\0", b"\0value\0\0", 0)]
+
+
+def test_a_map_of_this_kernel(shared):
+    """Made, filled and read by bpf(2), with no library in between."""
+    attr = shared.packed("=IIIII28x", 1, 8, 4, 9001, 0)  # BPF_MAP_CREATE: a hash
+    try:
+        map_fd = shared.bpf(0, attr)
+    except OSError as error:
+        pytest.skip(f"this kernel makes no BPF map for this user: {error}")
+    items = {struct.pack("=Q", i): struct.pack("=I", i * i) for i in range(5003)}
+    for key, value in items.items():
+        shared.map_update(map_fd, key, value)
+    fields = ("map_type", "key_size", "value_size", "max_entries")
+    info = shared.fdinfo(map_fd)
+    assert [info[field] for field in fields] == [1, 8, 4, 9001]
+    assert sorted(shared.map_items(map_fd)) == sorted(items.items())
+    os.close(map_fd)
+    with pytest.raises(OSError) as raised:
+        shared.map_update(map_fd, bytes(8), bytes(4))
+    assert raised.value.errno == errno.EBADF
+
+
+def test_nothing_pinned_to_a_path(shared, tmp_path):
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(OSError):
+            shared.open_pinned(str(path))
+
+
+def test_fdinfo(shared):
+    with tempfile.TemporaryFile() as file:
+        file.write(b"seven77")
+        file.flush()
+        info = shared.fdinfo(file.fileno())
+        inode = os.fstat(file.fileno()).st_ino
+    assert info["pos"] == 7 and info["ino"] == inode
+
+
+def test_fdinfo_of_other_fields(shared, monkeypatch):
+    """A program has its tag, in hexadecimal, and other kinds have more words."""
+    text = "pos:\t0\nprog_tag:\ta04f5eef06a7f555\n\nempty:\nkey_size:\t8\nx y z\n"
+    files = {"/proc/self/fdinfo/9": text}
+    opened = lambda path: io.StringIO(files[path])
+    monkeypatch.setattr(shared, "open", opened, raising=False)
+    assert shared.fdinfo(9) == {"pos": 0, "key_size": 8}
+
+
+def test_the_end_of_a_wait(shared, monkeypatch):
+    """A signal asks for it, or stdout's reader is gone.
+
+    A buffer that fills up ends the wait only, and so does one that is dead, once.
+    """
     filling, fill = os.pipe()
+    dead, end_of_dead = os.pipe()
     reader, stdout = os.pipe()
     kept = os.dup(1)
-    tool.lib = SimpleNamespace(perf_reader_fd=lambda fd: fd)
-    b = Program()
-    b.perf_buffers[("events", 0)] = filling
     os.dup2(stdout, 1)
     os.close(stdout)
+    monkeypatch.setattr(shared, "stopping", [])
+    monkeypatch.setattr(shared, "POLL_MS", 0)
     try:
-        poll = tool.poller(b)
+        poll = shared.poller()
+        poll.register(filling, select.POLLIN)
+        poll.register(dead, select.POLLIN)
+        assert not shared.wait(poll)
         os.write(fill, b"x")
-        assert not tool.rest(poll, 60_000)
-        tool.stopping.append(15)
-        assert tool.rest(poll, 0)
-        tool.stopping.clear()
+        monkeypatch.setattr(shared, "POLL_MS", 60_000)
+        assert not shared.wait(poll)
+        os.close(end_of_dead)
+        assert not shared.wait(poll)
+        with pytest.raises(KeyError):
+            poll.unregister(dead)
+        shared.stopping.append(15)
+        assert shared.wait(poll)
+        shared.stopping.clear()
+        os.read(filling, 1)
         os.close(reader)
-        assert tool.rest(poll, 0)
+        assert shared.wait(poll)
     finally:
         os.dup2(kept, 1)
+        for descriptor in (kept, filling, fill, dead):
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("number", [2, 15])
+def test_a_signal_asks_for_the_end_and_a_second_one_ends_the_process(number):
+    code = (
+        "import sys; from importlib.machinery import SourceFileLoader as Loader\n"
+        "import importlib.util as util, os, signal\n"
+        "loader = Loader('tool', sys.argv[1])\n"
+        "tool = util.module_from_spec(util.spec_from_loader('tool', loader))\n"
+        "loader.exec_module(tool)\n"
+        "tool.catch_signals()\n"
+        "for _ in range(int(sys.argv[3])):\n"
+        "    os.kill(os.getpid(), int(sys.argv[2]))\n"
+        "print(tool.stopping)\n"
+    )
+    command = [sys.executable, "-c", code, TOP / "tcpconnect", str(number)]
+    once = subprocess.run([*command, "1"], capture_output=True, check=False)
+    assert (once.returncode, once.stdout) == (0, f"[{number}]\n".encode())
+    twice = subprocess.run([*command, "2"], capture_output=True, check=False)
+    assert (twice.returncode, twice.stdout) == (-number, b"")

@@ -1,4 +1,6 @@
-"""Completion at the prompt: real shells in a terminal, and a key pressed that inserts all that they offer."""
+"""Completion at the prompt: real shells in a terminal, and a key pressed that inserts
+all that they offer.
+"""
 
 import os
 import pathlib
@@ -14,7 +16,8 @@ from conftest import TOOLS, TOP, load
 BASH_FILE = TOP / "examples/completion.bash"
 GUARD = 120  # seconds without output
 
-# What each shell reads when it starts. In the second, the package finds the file where it is installed.
+# What each shell reads when it starts. In the second, the package finds the file where
+# it is installed.
 SETUPS = {
     "bash": f"source '{BASH_FILE}'",
     "bash-completion": "source /usr/share/bash-completion/bash_completion",
@@ -27,13 +30,15 @@ SETUPS = {
         zstyle ':completion:*' insert true
     """,
 }
-# How else a tool is named. bash alone does not complete behind sudo; the package needs two Tabs for ./ alone.
-WAYS = {
+# How else a tool is named. bash alone does not complete behind sudo; the package needs
+# two Tabs for ./ alone.
+PREFIXES = {
     "bash": ["./"],
     "bash-completion": ["sudo ", "sudo ./"],
     "zsh": ["./", "sudo ", "sudo ./"],
 }
-# Stands for both tools and for sudo. It adds to the file, so a completion that ran the tool shows.
+# Stands for both tools and for sudo. It adds to the file, so a completion that ran the
+# tool shows.
 COMMAND = """\
 #!/bin/sh
 printf '%s\\0' "$@" >>~/arguments
@@ -53,22 +58,22 @@ def setup(request):
 
 @pytest.fixture
 def home(setup, tmp_path):
-    """The shell's home, its working folder, and the first in its PATH."""
+    """The shell's home, its working directory, and the first in its PATH."""
     for name in (*TOOLS, "sudo", "findmnt"):
         (tmp_path / name).write_text(FINDMNT if name == "findmnt" else COMMAND)
         (tmp_path / name).chmod(0o755)
     for name in (".bashrc", ".zshrc"):
         (tmp_path / name).write_text(f"PS1='prompt: '\n{SETUPS[setup]}\n")
-    folder = tmp_path / ".local/share/bash-completion/completions"
-    folder.mkdir(parents=True)
-    (folder / "tcpconnect").symlink_to(BASH_FILE)
-    (folder / "tcpaccept").symlink_to("tcpconnect")
+    directory = tmp_path / ".local/share/bash-completion/completions"
+    directory.mkdir(parents=True)
+    (directory / "tcpconnect").symlink_to(BASH_FILE)
+    (directory / "tcpaccept").symlink_to("tcpconnect")
     return tmp_path
 
 
 @pytest.fixture
 def offers(setup, home):
-    """A function: what the shell offers for the last word of a line, which may be empty."""
+    """A function: what the shell offers for the last word of a line, if only empty."""
 
     def inserted(line):
         arguments = type_line(setup, home, line)
@@ -132,11 +137,11 @@ def test_options(name, offers):
     assert offers(f"{name} --buf") == ["--buffer-pages"]
 
 
-def test_other_ways_to_name_the_tool(name, setup, offers):
+def test_other_names_of_the_tool(name, setup, offers):
     wanted = [option for option in help_options(name) if option.startswith("--")]
-    for way in WAYS[setup]:
-        assert offers(f"{way}{name} --") == wanted
-        assert len(offers(f"{way}{name} --buffer-pages=")) == 15
+    for prefix in PREFIXES[setup]:
+        assert offers(f"{prefix}{name} --") == wanted
+        assert len(offers(f"{prefix}{name} --buffer-pages=")) == 15
 
 
 @pytest.mark.parametrize("setup", ["zsh"])
@@ -159,13 +164,13 @@ def running():
 
 
 def test_pids(name, offers):
-    with subprocess.Popen(["true"]) as ended:
+    with subprocess.Popen(["true"]) as exited:
         pass
     start = str(os.getpid())[:-1]
     before = running()
     alone, listed = offers(f"{name} -p "), offers(f"{name} --pid 1,{start}")
     always = before & running()
-    assert always <= set(alone) and str(ended.pid) not in alone
+    assert always <= set(alone) and str(exited.pid) not in alone
     assert all(pid.isdigit() for pid in alone)
     assert {f"1,{pid}" for pid in always if pid.startswith(start)} <= set(listed)
     assert all(pids.startswith(f"1,{start}") for pids in listed)

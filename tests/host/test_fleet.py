@@ -1,4 +1,6 @@
-"""examples/fleet: the questions on lines whose answers are known, servicemap as a command, and the other files there."""
+"""examples/fleet: the queries on lines whose answers are known, servicemap as a
+command, and the other files there.
+"""
 
 import contextlib
 import datetime
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 FLEET = TOP / "examples/fleet"
 SERVICEMAP = FLEET / "servicemap"
 BEGIN = datetime.datetime(2026, 11, 24, 10, 0, 0)
-WEB1, DB2, STRANGER = "10.0.0.1", "10.0.0.2", "198.51.100.7"
+WEB1, DB2, EXTERNAL = "10.0.0.1", "10.0.0.2", "198.51.100.7"
 LONGEST_WAIT, CLOCK_DIFFERENCE = 60_000_000, 1_000_000  # µs, as schema.sql has them
 
 servicemap = load("examples/fleet/servicemap")
@@ -65,9 +67,9 @@ def database(*events):
         yield session
 
 
-def answer(events, question="servicemap"):
+def answer(events, query="servicemap"):
     with database(*events) as session:
-        return servicemap.ask(session, (FLEET / f"{question}.sql").read_text())
+        return servicemap.ask(session, (FLEET / f"{query}.sql").read_text())
 
 
 def edges(events):
@@ -87,8 +89,8 @@ def edge(client="web1 curl", server="db2 nginx", port=80):
     return (*end(client), *end(server), port)
 
 
-HALF_CLIENT = edge(server=f"? {DB2}")
-HALF_SERVER = edge(client=f"? {WEB1}")
+CLIENT_ONLY = edge(server=f"? {DB2}")
+SERVER_ONLY = edge(client=f"? {WEB1}")
 
 
 def test_connect_and_accept_are_one_edge():
@@ -129,11 +131,11 @@ def test_addresses(client, server):
 
 
 def test_one_side_is_missing():
-    assert edges([connect(0)]) == {HALF_CLIENT: 1}
-    assert edges([accept(0)]) == {HALF_SERVER: 1}
+    assert edges([connect(0)]) == {CLIENT_ONLY: 1}
+    assert edges([accept(0)]) == {SERVER_ONLY: 1}
 
 
-def test_a_half_known_end_has_its_hosts_name_where_the_fleet_has_its_address():
+def test_an_unmatched_end_has_its_hosts_name_where_the_fleet_has_its_address():
     others = [
         connect(0, saddr=DB2, daddr=WEB1, dport=22),
         accept(9, "sshd", "web1", saddr=DB2, daddr=WEB1, dport=22),
@@ -187,7 +189,7 @@ def test_a_port_that_another_process_uses_next():
     assert edges(events) == {edge(): 1, edge("web1 wget", "db2 haproxy"): 1}
 
 
-def test_late_and_doubled_lines():
+def test_late_and_duplicated_lines():
     events = [
         make(n * 1000 + offset, sport=40000 + n % 7)
         for n in range(31)
@@ -200,8 +202,8 @@ def test_late_and_doubled_lines():
     with servicemap.database() as session:
         for one in shuffled:  # inserted one by one, as late as can be
             servicemap.load_chunk(session, text([one]))
-        question = (FLEET / "servicemap.sql").read_text()
-        assert servicemap.ask(session, question) == expected
+        query = (FLEET / "servicemap.sql").read_text()
+        assert servicemap.ask(session, query) == expected
     assert {row["known"]: row["connections"] for row in expected} == {
         "both": 28,
         "client": 2,
@@ -210,7 +212,9 @@ def test_late_and_doubled_lines():
 
 
 def pairs(flow):
-    """What is known of the events of a flow, [(time, kind)], found step by step, without runs and windows."""
+    """What is known of the events of a flow, [(time, kind)], found step by step,
+    without runs and windows.
+    """
     flow, both, alone = sorted(flow), 0, Counter()
     while flow:
         (time, kind), *flow = flow
@@ -241,14 +245,14 @@ def test_any_flow(flow):
 
 def test_a_connect_that_failed_is_no_edge():
     failed = event("connect_failed", 800, "web1", "curl", error="ECONNREFUSED")
-    at_once = event(
+    immediate = event(
         "connect_failed",
         9,
         "web1",
         "curl",
         "0.0.0.0",
         0,
-        STRANGER,
+        EXTERNAL,
         443,
         error="ENETUNREACH",
     )
@@ -258,13 +262,13 @@ def test_a_connect_that_failed_is_no_edge():
         failed,
         connect(2_000_000),
         accept(2_000_100),
-        at_once,
+        immediate,
     ]
     assert edges(events) == {edge(): 1}
     rows = answer(events, "failures")
     assert [tuple(row.values())[:7] for row in rows] == [
         ("web1", "curl", "db2", DB2, 80, "ECONNREFUSED", 1),
-        ("web1", "curl", "", STRANGER, 443, "ENETUNREACH", 1),
+        ("web1", "curl", "", EXTERNAL, 443, "ENETUNREACH", 1),
     ]
     assert rows[0]["first_seen"] == rows[0]["last_seen"]
     assert rows[0]["last_seen"] == "2026-11-24T10:00:00.000800Z"
@@ -294,23 +298,23 @@ def test_every_host_and_namespace_has_a_loopback_of_its_own(loopback):
 def test_unknown():
     events = [
         *(connect(0), accept(1)),
-        *(connect(n, sport=40007 + n, daddr=STRANGER, dport=443) for n in range(3)),
-        *(accept(n, sport=50000 + n, saddr=STRANGER) for n in range(5)),
-        connect(7, sport=40003),  # db2 has not told of it
+        *(connect(n, sport=40007 + n, daddr=EXTERNAL, dport=443) for n in range(3)),
+        *(accept(n, sport=50000 + n, saddr=EXTERNAL) for n in range(5)),
+        connect(7, sport=40003),  # db2 has not reported it
     ]
     assert [tuple(row.values())[:6] for row in answer(events, "unknown")] == [
-        ("accept", "db2", "nginx", STRANGER, 80, 5),
-        ("connect", "web1", "curl", STRANGER, 443, 3),
+        ("accept", "db2", "nginx", EXTERNAL, 80, 5),
+        ("connect", "web1", "curl", EXTERNAL, 443, 3),
     ]
     assert edges(events) == {
         edge(): 1,
-        edge(server=f"? {STRANGER}", port=443): 3,
-        edge(client=f"? {STRANGER}"): 5,
+        edge(server=f"? {EXTERNAL}", port=443): 3,
+        edge(client=f"? {EXTERNAL}"): 5,
         edge(server=f"db2 ? {DB2}"): 1,
     }
 
 
-def lost(host, count, reason="no room in the buffer"):
+def lost(host, count, reason="buffer_full"):
     return {
         "ts": "2026-11-24T10:00:00.5Z",
         "host": host,
@@ -329,7 +333,9 @@ def test_lost():
 
 
 def test_the_shippers_insert():
-    """What Vector's clickhouse sink sends (JSONEachRow, unknown fields skipped) gives the rows that servicemap makes."""
+    """What Vector's clickhouse sink sends (JSONEachRow, unknown fields skipped) gives
+    the rows that servicemap makes.
+    """
     events = [connect(0), accept(1, saddr="::ffff:10.0.0.1"), lost("db2", 17)]
     events += [
         event(
@@ -338,7 +344,8 @@ def test_the_shippers_insert():
             "web1",
             "curl",
             error="ETIMEDOUT",
-            query="www.example.com (7 ms)",
+            query="www.example.com",
+            query_age_ms=7,
         )
     ]
     everything = "SELECT * FROM tcp_events ORDER BY ALL"
@@ -361,8 +368,11 @@ def test_a_question_about_some_hours_reads_these_only():
     ]
     with database(*events) as session:
         session.query("OPTIMIZE TABLE tcp_events FINAL")
-        bounds = "SETTINGS additional_table_filters = {'tcp_events': 'toStartOfHour(ts) = toDateTime(1795521600)'}"
-        count = f"SELECT count() AS n, min(ts) AS first, max(ts) AS last FROM tcp_connections {bounds}"
+        count = """
+            SELECT count() AS n, min(ts) AS first, max(ts) AS last FROM tcp_connections
+            SETTINGS additional_table_filters = {
+                'tcp_events': 'toStartOfHour(ts) = toDateTime(1795521600)'
+            }"""
         hour = "2026-11-24T12:00:00.000000Z"
         assert servicemap.ask(session, count) == [
             {"n": 9000, "first": hour, "last": hour}
@@ -381,19 +391,23 @@ CLUSTER = """
 """
 SHARD = "<shard><replica><host>localhost</host><port>9000</port></replica></shard>"
 
-# chdb has no ON CLUSTER, which says where a statement runs. The servers of this cluster are all this process.
+# chdb has no ON CLUSTER, which says where a statement runs. The servers of this cluster
+# are all this process.
 ASK_CLUSTER = """
 import json, pathlib, sys
 from chdb.session import Session
-folder, config, lines = sys.argv[1:]
-fleet = pathlib.Path(folder)
+directory, config, lines = sys.argv[1:]
+fleet = pathlib.Path(directory)
 session = Session(f":memory:?config-file={config}")
 session.query("CREATE DATABASE fleet_local; USE fleet_local")
 session.query((fleet / "schema.sql").read_text())
-session.query((fleet / "cluster.sql").read_text().replace(" ON CLUSTER '{cluster}'", ""))
-session.query("USE fleet; SET distributed_foreground_insert = 1, input_format_skip_unknown_fields = 1")
+cluster = (fleet / "cluster.sql").read_text()
+session.query(cluster.replace(" ON CLUSTER '{cluster}'", ""))
+session.query("USE fleet; SET distributed_foreground_insert = 1")
+session.query("SET input_format_skip_unknown_fields = 1")
 session.query("SET date_time_output_format = 'iso'")
-session.query("INSERT INTO tcp_events FORMAT JSONEachRow " + pathlib.Path(lines).read_text())
+rows = pathlib.Path(lines).read_text()
+session.query(f"INSERT INTO tcp_events FORMAT JSONEachRow {rows}")
 for name in ("servicemap", "failures", "unknown", "lost"):
     answer = session.query((fleet / f"{name}.sql").read_text(), "JSONEachRow").bytes()
     print(json.dumps([json.loads(line) for line in answer.splitlines()]))
@@ -402,7 +416,10 @@ for name in ("servicemap", "failures", "unknown", "lost"):
 
 @pytest.mark.parametrize("servers", [1, 2])
 def test_cluster(tmp_path, servers):
-    """The same questions on distributed tables. Two servers are both this one here: each joins, and counts everything."""
+    """The same queries on distributed tables.
+
+    Two servers are both this one here: each joins, and counts everything.
+    """
     now = datetime.datetime.now(datetime.UTC).isoformat()  # no older than the TTL
     events = [connect(n, sport=40000 + n) for n in range(31)] + [
         accept(n + 5, sport=40000 + n) for n in range(3, 37)
@@ -460,23 +477,24 @@ def test_table(tmp_path):
             [
                 connect(0),
                 connect(2_000_000, sport=40001),
-                connect(5, sport=40009, daddr=STRANGER, dport=443),
+                connect(5, sport=40009, daddr=EXTERNAL, dport=443),
             ]
         )
     )
     second.write_bytes(text([accept(300)]))
     out, err, status = run(first, second)
     assert (err, status) == ("", 0)
+    at0, at2 = "2026-11-24T10:00:00Z", "2026-11-24T10:00:02Z"
     assert out == (
         "CLIENT COMM SERVER       COMM  PORT COUNT FIRST                LAST\n"
-        "web1   curl 198.51.100.7 -     443  1     2026-11-24T10:00:00Z 2026-11-24T10:00:00Z\n"
-        "web1   curl db2          -     80   1     2026-11-24T10:00:02Z 2026-11-24T10:00:02Z\n"
-        "web1   curl db2          nginx 80   1     2026-11-24T10:00:00Z 2026-11-24T10:00:00Z\n"
+        f"web1   curl 198.51.100.7 -     443  1     {at0} {at0}\n"
+        f"web1   curl db2          -     80   1     {at2} {at2}\n"
+        f"web1   curl db2          nginx 80   1     {at0} {at0}\n"
     )
     assert run("-", second, stdin=first.read_bytes())[0] == out
     assert run("--unknown", first, second)[0] == (
         "EVENT   HOST COMM ADDRESS      PORT COUNT FIRST                LAST\n"
-        "connect web1 curl 198.51.100.7 443  1     2026-11-24T10:00:00Z 2026-11-24T10:00:00Z\n"
+        f"connect web1 curl 198.51.100.7 443  1     {at0} {at0}\n"
     )
     assert run("--failures", first) == (
         "CLIENT COMM SERVER PORT ERR COUNT FIRST LAST\n",
@@ -486,7 +504,7 @@ def test_table(tmp_path):
 
 
 def test_bad_lines(tmp_path):
-    """Each is counted and the first few named, at its number; blank lines are nothing."""
+    """Each is counted and the first few named, at its number; blank lines are not."""
     good, refusals = connect(0), []
     for change in (
         *(
@@ -524,22 +542,22 @@ def test_bad_lines(tmp_path):
     file.write_bytes(b"\n".join(lines))
     out, err, status = run("--json", file)
     assert (json.loads(out)["connections"], status) == (1, 0)
-    said = err.splitlines()
-    assert (
-        said[-1]
-        == f"servicemap: {len(refusals)} of {len(lines)} lines are not the tools', and left out"
+    *named, total = err.splitlines()
+    assert total == (
+        f"servicemap: {len(refusals)} of {len(lines)} lines are not the tools', "
+        "and skipped"
     )
     assert [
-        re.match(r"servicemap: .*/lines, line (\d+) ", line)[1] for line in said[:-1]
+        re.match(r"servicemap: .*/lines, line (\d+) ", line)[1] for line in named
     ] == list("45678")
 
 
-def test_lost_events_are_told():
+def test_lost_events_are_reported():
     out, err, status = run(stdin=text([connect(0), lost("web\x1b1", 17)]))
     assert (len(out.splitlines()), status) == (2, 0)
-    assert (
-        err
-        == "servicemap: web\\x1b1 lost 17 events, no room in the buffer: what they were is missing here\n"
+    assert err == (
+        "servicemap: web\\x1b1 lost 17 events (buffer_full): "
+        "what they were is missing here\n"
     )
 
 
@@ -585,9 +603,9 @@ def test_without_chdb():
         check=False,
     )
     assert (done.stdout, done.returncode) == ("", 1)
-    assert (
-        done.stderr
-        == "servicemap: error: cannot load chdb (No module named 'chdb'): pip install chdb\n"
+    assert done.stderr == (
+        "servicemap: error: cannot load chdb (No module named 'chdb'): "
+        "pip install chdb\n"
     )
 
 
@@ -618,7 +636,7 @@ def test_the_reader_goes_and_the_disk_is_full(tmp_path):
     )
 
 
-def test_no_room_for_the_database(tmp_path):
+def test_no_space_for_the_database(tmp_path):
     small = [
         "unshare",
         "--mount",
@@ -641,7 +659,10 @@ def test_no_room_for_the_database(tmp_path):
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     assert (done.stdout, done.returncode) == (b"", 1)
-    form = f"servicemap: error: no room in {tmp_path} \\(.*\\): set TMPDIR to a folder with more\n"
+    form = (
+        f"servicemap: error: no space left in {tmp_path} \\(.*\\): "
+        "set TMPDIR to a directory with more\n"
+    )
     assert re.fullmatch(form, done.stderr.decode())
 
 
@@ -703,7 +724,7 @@ def test_hostile_names_in_a_table():
 def test_graphviz_reads_what_dot_writes():
     out, _, _ = run(
         "--dot",
-        stdin=text([*hostile_events(), accept(0, "sshd", saddr=STRANGER, dport=22)]),
+        stdin=text([*hostile_events(), accept(0, "sshd", saddr=EXTERNAL, dport=22)]),
     )
     read = subprocess.run(
         ["dot", "-Tjson"], input=out, capture_output=True, text=True, check=True
@@ -714,23 +735,26 @@ def test_graphviz_reads_what_dot_writes():
     labels = Counter(one["label"] for one in objects)
     names = [servicemap.printable(name).replace("\\", "\\\\") for name in HOSTILE]
     assert labels == Counter(
-        [*names * 2, *(f"web{name}" for name in names), "db2", "sshd", STRANGER]
+        [*names * 2, *(f"web{name}" for name in names), "db2", "sshd", EXTERNAL]
     )
     assert Counter(one["label"] for one in drawn) == {
         "80 (1)": len(HOSTILE),
         "22 (1)": 1,
     }
     [dashed] = [one for one in drawn if one.get("style") == "dashed"]
-    assert objects[dashed["tail"]]["label"] == STRANGER
+    assert objects[dashed["tail"]]["label"] == EXTERNAL
 
 
 def test_mermaid_gets_no_character_that_it_would_understand():
     """And no empty label, which it does not take."""
-    events = [*hostile_events(), accept(0, "sshd", saddr=STRANGER, dport=22)]
+    events = [*hostile_events(), accept(0, "sshd", saddr=EXTERNAL, dport=22)]
     out, _, _ = run("--mermaid", stdin=text(events))
     label = r'"(?:[\w .:/()-]|#\d+;)+"'
     node, arrow = rf"n\d+\[{label}\]", r"(-->|-\.->)"
-    form = rf"flowchart LR|    subgraph h\d+\[{label}\]|    end| +{node}|    n\d+ {arrow}\|{label}\| n\d+"
+    form = (
+        rf"flowchart LR|    subgraph h\d+\[{label}\]|    end| +{node}|"
+        rf"    n\d+ {arrow}\|{label}\| n\d+"
+    )
     lines = out.splitlines()
     assert [line for line in lines if not re.fullmatch(form, line)] == []
     shown = {
@@ -739,7 +763,7 @@ def test_mermaid_gets_no_character_that_it_would_understand():
     }
     names = [servicemap.printable(name) for name in HOSTILE]
     hosts = {"db2", *(f"web{name}" for name in names)}
-    assert shown == hosts | {name or " " for name in names} | {"sshd", STRANGER}
+    assert shown == hosts | {name or " " for name in names} | {"sshd", EXTERNAL}
     dashed = [line for line in lines if "-.->" in line]
     assert dashed == [line for line in lines if '"22 (1)"' in line] != []
 
@@ -748,11 +772,13 @@ def test_mermaid_gets_no_character_that_it_would_understand():
 
 
 def test_vectors_configuration():
-    """As far as can be said without Vector: it reads the units' journal, and inserts where the schema is."""
+    """As far as can be said without Vector: it reads the units' journal, and inserts
+    where the schema is.
+    """
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     config = tomllib.loads((FLEET / "vector.toml").read_text())
     source, sink = config["sources"]["journal"], config["sinks"]["clickhouse"]
-    common = (FLEET / "tcptrace-.service.d/common.conf").read_text()
+    common = (FLEET / "tcptools-.service.d/common.conf").read_text()
     assert f"\nLogNamespace={source['journal_namespace']}\n" in common
     assert (FLEET / f"journald@{source['journal_namespace']}.conf").exists()
     units = {path.stem for path in FLEET.glob("*.service")}

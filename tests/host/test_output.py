@@ -1,32 +1,23 @@
-import argparse
-import ctypes
+"""What the tools print: rows, JSON, counts, names, losses, and in what order."""
+
 import errno
 import itertools
 import json
+import mmap
 import os
 import re
 import socket
 import struct
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from conftest import TOP, load
+from conftest import TOP, load, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-
-def options(**given):
-    names = "timestamp time print_uid lport rport json failed dns queue count"
-    return argparse.Namespace(**{**dict.fromkeys(names.split(), False), **given})
-
-
-PLAIN = options()
-TIMED = options(timestamp=True)
-
-
 CGROUP, NETNS = 5251, 4026531840
-ROW = struct.Struct("=IIIQI16sHH16s16s")
+ROW = struct.Struct("=H16s16sIIIIQ16s")
+UNKNOWN = 0xFFFFFFFF  # a queue
 
 
 def packed(text):
@@ -34,68 +25,75 @@ def packed(text):
     return socket.inet_pton(family, text).ljust(16, b"\0")
 
 
-def event(
-    pid, comm, ip, first, second, port, ts=5_000_000_000, uid=0, other_port=0, error=0
-):
-    return (
-        ts,
-        other_port,
-        error,
-        ROW.pack(
-            *(pid, pid + 1, uid, CGROUP, NETNS, comm.encode()),
-            *(ip, port, packed(first), packed(second)),
-        ),
-    )
+def event(tool, pid, comm, first, second, port, *own, ts=5_000_000_000, **fields):
+    """An event from its bytes, which end in what repeats.
+
+    own: the error of a failed connect, or both lengths of the accept queue.
+    """
+    ids = pid, pid + 1, fields.get("uid", 0), NETNS, CGROUP, comm.encode()
+    ends = (6 if ":" in first else 4), packed(first), packed(second)
+    if tool.NAME == "tcpconnect":
+        own = own or (0,)
+    else:
+        own = (0, *(own or (0, 0)))
+    values = ts, fields.get("other_port", 0), *own, port, ROW.pack(*ends, *ids)
+    return tool.EVENT.unpack(tool.EVENT.pack(*values))
 
 
-def queued(accept, qlen, qmax):
-    """The same event with -q."""
-    return (*accept[:-1], qlen, qmax, accept[-1])
+def traced(maps, programs=None):
+    """What start_tracing() hands over: descriptors by the names in the C program."""
+    return SimpleNamespace(maps=maps, programs=programs or {})
 
 
-def test_the_seeds_rows_of_tcpconnect():
-    tool = load("tcpconnect")
-    events = [
-        event(1479, "telnet", 4, "127.0.0.1", "127.0.0.1", 23),
-        event(1469, "curl", 4, "10.201.219.236", "54.245.105.25", 80),
-        event(11072, "ssh", 6, "2001:db8::8203", "2001:db8::abcd", 22),
-    ]
-    assert tool.header(PLAIN) + tool.rows(PLAIN, events, 0) == (
-        "PID     COMM         IP SADDR            DADDR            DPORT\n"
-        "1479    telnet       4  127.0.0.1        127.0.0.1        23\n"
-        "1469    curl         4  10.201.219.236   54.245.105.25    80\n"
-        "11072   ssh          6  2001:db8::8203   2001:db8::abcd   22\n"
-    )
+def rows(tool, options, events, first_ts=0, queries=None):
+    """The header and the rows of events. queries: for each, the name and its age."""
+    args = parse(tool, *options.split())
+    names = []
+    if tool.NAME == "tcpconnect":
+        queried = dict(zip(events, queries or ()))
+        names = [SimpleNamespace(query=queried.get) if queries else None]
+    if args.json:
+        text = tool.json_rows(args, events, *names)
+    else:
+        text = tool.table_rows(args, events, first_ts, *names)
+    return tool.header(args) + text
 
 
-def test_the_seeds_rows_of_tcpaccept():
-    tool = load("tcpaccept")
-    events = [
-        event(907, "sshd", 4, "192.168.56.1", "192.168.56.102", 22),
-        event(
-            5389,
-            "perl",
-            6,
-            "1234:ab12:2040:5020:2299:0:5:0",
-            "1234:ab12:2040:5020:2299:0:5:0",
-            7001,
-        ),
-    ]
-    assert tool.header(PLAIN) + tool.rows(PLAIN, events, 0) == (
-        "PID     COMM         IP RADDR            LADDR            LPORT\n"
-        "907     sshd         4  192.168.56.1     192.168.56.102   22\n"
-        "5389    perl         6  1234:ab12:2040:5020:2299:0:5:0 1234:ab12:2040:5020:2299:0:5:0 7001\n"
-    )
+def test_the_seeds_rows(name, tool):
+    if name == "tcpconnect":
+        events = [
+            event(tool, 1479, "telnet", "127.0.0.1", "127.0.0.1", 23),
+            event(tool, 1469, "curl", "10.201.219.236", "54.245.105.25", 80),
+            event(tool, 11072, "ssh", "2001:db8::8203", "2001:db8::abcd", 22),
+        ]
+        seed = (
+            "PID     COMM         IP SADDR            DADDR            DPORT\n"
+            "1479    telnet       4  127.0.0.1        127.0.0.1        23\n"
+            "1469    curl         4  10.201.219.236   54.245.105.25    80\n"
+            "11072   ssh          6  2001:db8::8203   2001:db8::abcd   22\n"
+        )
+    else:
+        address = "1234:ab12:2040:5020:2299:0:5:0"
+        events = [
+            event(tool, 907, "sshd", "192.168.56.1", "192.168.56.102", 22),
+            event(tool, 5389, "perl", address, address, 7001),
+        ]
+        seed = (
+            "PID     COMM         IP RADDR            LADDR            LPORT\n"
+            "907     sshd         4  192.168.56.1     192.168.56.102   22\n"
+            f"5389    perl         6  {address} {address} 7001\n"
+        )
+    assert rows(tool, "", events) == seed
 
 
 def test_time_column(tool):
     first = 7_123_456_789
     events = [
-        event(1, "a", 4, "192.0.2.1", "192.0.2.2", 80, ts=first + ns)
+        event(tool, 1, "a", "192.0.2.1", "192.0.2.2", 80, ts=first + ns)
         for ns in (0, 1_500_000, 61_000_000_000)
     ]
-    assert tool.header(TIMED).startswith("TIME(s)   PID     COMM ")
-    lines = tool.rows(TIMED, events, first).splitlines()
+    titles, *lines = rows(tool, "-t", events, first).splitlines()
+    assert titles.startswith("TIME(s)   PID     COMM ")
     assert [line[:18] for line in lines] == [
         "0.000     1       ",
         "0.002     1       ",
@@ -103,98 +101,164 @@ def test_time_column(tool):
     ]
 
 
-def test_every_column(name, tool, monkeypatch):
-    """-T, -t, -U and the other port, where bcc's users look for them."""
+@pytest.fixture
+def utc(monkeypatch, shared):
     monkeypatch.setenv("TZ", "UTC")
-    tool.time.tzset()
-    monkeypatch.setattr(tool.time, "monotonic_ns", lambda: 9_000_000_000)
-    monkeypatch.setattr(tool.time, "time_ns", lambda: 1_795_000_004_500_000_000)
-    args = options(timestamp=True, time=True, print_uid=True, lport=True, rport=True)
-    found = event(
-        181, "a", 4, "192.0.2.1", "192.0.2.2", 80, uid=65534, other_port=40001
-    )
-    addresses = (
-        "SADDR            LPORT  DADDR            DPORT"
-        if name == "tcpconnect"
-        else "RADDR            RPORT  LADDR            LPORT"
-    )
-    assert tool.header(args) + tool.rows(args, [found], 4_000_000_000) == (
-        f"TIME     TIME(s)   UID    PID     COMM         IP {addresses}\n"
-        "11:06:40 1.000     65534  181     a            4  192.0.2.1        40001  192.0.2.2        80\n"
+    shared.time.tzset()
+    yield
+    monkeypatch.undo()
+    shared.time.tzset()
+
+
+def at_a_time(monkeypatch, tool, monotonic, wall):
+    monkeypatch.setattr(tool.time, "monotonic_ns", lambda: monotonic)
+    monkeypatch.setattr(tool.time, "time_ns", lambda: wall)
+
+
+def test_every_column(name, tool, monkeypatch, utc):
+    """-T, -t, -U and the other port, where bcc's users look for them."""
+    at_a_time(monkeypatch, tool, 9_000_000_000, 1_795_000_004_500_000_000)
+    own, more, text = {
+        "tcpconnect": ("-L -x", (errno.ECONNREFUSED,), "ECONNREFUSED"),
+        "tcpaccept": ("-R -q", (3, 128), "3     128"),
+    }[name]
+    fields = {"uid": 65534, "other_port": 40001}
+    found = event(tool, 181, "a", "192.0.2.1", "192.0.2.2", 80, *more, **fields)
+    titles = {
+        "tcpconnect": "SADDR            LPORT  DADDR            DPORT ERR",
+        "tcpaccept": "RADDR            RPORT  LADDR            LPORT QLEN  QMAX",
+    }
+    assert rows(tool, f"-t -T -U {own}", [found], 4_000_000_000) == (
+        f"TIME     TIME(s)   UID    PID     COMM         IP {titles[name]}\n"
+        "11:06:40 1.000     65534  181     a            4  192.0.2.1        "
+        f"40001  192.0.2.2        80    {text}\n"
     )
 
 
-def test_failures():
-    """The error by its name, or by its number where Python knows none; the name looked up, or a dash."""
-    tool = load("tcpconnect")
+def test_errors(shared):
+    """By name, or by number where Python knows none; a dash where there is none."""
     events = [
-        event(7, "a", 4, "0.0.0.0", "192.0.2.2", 80, error=errno.ENETUNREACH),
-        event(8, "b", 6, "2001:db8::1", "2001:db8::2", 443, error=524),
+        event(shared, 7, "a", "0.0.0.0", "192.0.2.2", 80, errno.ENETUNREACH),
+        event(shared, 8, "b", "2001:db8::1", "2001:db8::2", 443, 524),
+        event(shared, 9, "c", "192.0.2.1", "192.0.2.2", 65535, 0),
     ]
-    names = dict(zip(events, ("example.com (1500 ms)", None)))
-    args = options(failed=True)
-    assert tool.header(args) + tool.rows(args, events, 0) == (
+    assert rows(shared, "-x", events) == (
         "PID     COMM         IP SADDR            DADDR            DPORT ERR\n"
         "7       a            4  0.0.0.0          192.0.2.2        80    ENETUNREACH\n"
         "8       b            6  2001:db8::1      2001:db8::2      443   524\n"
+        "9       c            4  192.0.2.1        192.0.2.2        65535 -\n"
     )
-    args = options(dns=True)
-    query = lambda event: names[event]
-    assert tool.header(args) + tool.rows(args, events, 0, query) == (
-        "PID     COMM         IP SADDR            DADDR            DPORT QUERY\n"
-        "7       a            4  0.0.0.0          192.0.2.2        80    example.com (1500 ms)\n"
-        "8       b            6  2001:db8::1      2001:db8::2      443   -\n"
-    )
-    args = options(failed=True, dns=True)
-    assert tool.header(args).endswith(" DPORT ERR           QUERY\n")
-    first, second = tool.rows(args, events, 0, query).splitlines()
+
+
+def test_queries(shared):
+    """The name looked up, or a dash; with -x and -d, both columns."""
+    events = [
+        event(shared, 7, "a", "0.0.0.0", "192.0.2.2", 80, errno.ENETUNREACH),
+        event(shared, 8, "b", "2001:db8::1", "2001:db8::2", 443, 524),
+    ]
+    queries = [("example.com", 1500), None]
+    titles, first, second = rows(shared, "-d", events, 0, queries).splitlines()
+    assert titles.endswith(" DADDR            DPORT QUERY")
+    assert first.endswith(" 192.0.2.2        80    example.com (1500 ms)")
+    assert second.endswith(" 2001:db8::2      443   -")
+    titles, first, second = rows(shared, "-d -x", events, 0, queries).splitlines()
+    assert titles.endswith(" DPORT ERR           QUERY")
     assert first.endswith(" 80    ENETUNREACH   example.com (1500 ms)")
     assert second.endswith(" 443   524           -")
 
 
 def test_queue():
-    """As inet_csk_accept() left it, or dashes where the listening socket is not known."""
+    """Dashes where the listening socket is not known."""
     tool = load("tcpaccept")
-    args = options(queue=True)
-    accept = event(7, "a", 4, "192.0.2.1", "192.0.2.2", 80)
-    events = [queued(accept, 3, 128), queued(accept, 0xFFFFFFFF, 0xFFFFFFFF)]
-    assert tool.header(args) + tool.rows(args, events, 0) == (
+    events = [
+        event(tool, 7, "a", "192.0.2.1", "192.0.2.2", 80, *lengths)
+        for lengths in ((3, 128), (0, 4096), (UNKNOWN, UNKNOWN))
+    ]
+    assert rows(tool, "-q", events) == (
         "PID     COMM         IP RADDR            LADDR            LPORT QLEN  QMAX\n"
         "7       a            4  192.0.2.1        192.0.2.2        80    3     128\n"
+        "7       a            4  192.0.2.1        192.0.2.2        80    0     4096\n"
         "7       a            4  192.0.2.1        192.0.2.2        80    -     -\n"
     )
 
 
-def test_counts(name, tool, monkeypatch, capsys):
-    """Sorted by count, then address and port; and what found no room in the table."""
-    flows = {
-        (4, 443, packed("192.0.2.1"), packed("192.0.2.10")): 7,
-        (6, 80, packed("2001:db8::1"), packed("2001:db8::2")): 65537,
-        (4, 80, packed("192.0.2.1"), packed("192.0.2.9")): 7,
-    }
-    table = {
-        tool.FLOW.pack(*flow): ctypes.c_uint64(count) for flow, count in flows.items()
-    }
-    lost = Counter({"no room in the table": 3})
-    monkeypatch.setattr(tool, "count_losses", lambda b, no_room: lambda: lost)
-    monkeypatch.setattr(tool, "stopping", [15])
-    written = []
-    monkeypatch.setattr(tool, "write", written.append)
-    args = options(count=True)
-    tool.count({"flows": table}, args, tool.header(args), tool.flow_row, [])
-    assert "".join(written) == (
-        "SADDR            DADDR            DPORT CONNECTS\n"
-        "2001:db8::1      2001:db8::2      80    65537\n"
-        "192.0.2.1        192.0.2.9        80    7\n"
-        "192.0.2.1        192.0.2.10       443   7\n"
-        if name == "tcpconnect"
-        else "RADDR            LPORT ACCEPTS\n"
-        "2001:db8::1      80    65537\n"
-        "192.0.2.1        80    7\n"
-        "192.0.2.1        443   7\n"
+def test_lines_fit_80_columns(tool):
+    widest = event(
+        *(
+            tool,
+            4194304,
+            "fifteen-letters",
+            "255.255.255.255",
+            "255.255.255.255",
+            65535,
+        ),
+        ts=99_999 * 10**9,
     )
-    said = capsys.readouterr().err
-    assert said == f"{name}: lost 3 events, no room in the table\n"
+    line = rows(tool, "-t", [widest]).splitlines()[1]
+    assert 70 < len(line) < 80
+
+
+def test_counts(name, tool, monkeypatch):
+    """Sorted by count, then port and address; losses are reported behind them."""
+    flows = {
+        (443, 4, packed("192.0.2.1"), packed("192.0.2.10")): 7,
+        (80, 6, packed("2001:db8::1"), packed("2001:db8::2")): 65537,
+        (80, 4, packed("192.0.2.2"), packed("192.0.2.9")): 7,
+        (80, 4, packed("192.0.2.1"), packed("192.0.2.9")): 7,
+    }
+    items = [
+        (tool.FLOW.pack(*flow), struct.pack("=Q", count))
+        for flow, count in flows.items()
+    ]
+    done, is_over = [], iter([False, False, True])
+    monkeypatch.setattr(tool, "write", done.append)
+    monkeypatch.setattr(tool, "poller", lambda: "poll")
+    monkeypatch.setattr(tool, "wait", lambda poll: poll == "poll" and next(is_over))
+    monkeypatch.setattr(tool, "map_items", {71: items}.get)
+    cgroups = SimpleNamespace(check=lambda: done.append("check"))
+    losses = SimpleNamespace(report=lambda: done.append("losses"))
+    args = parse(tool, "-c")
+    tool.print_counts(args, traced({"flows": 71}), losses, cgroups)
+    header, *checks, text, last = done
+    assert (checks, last) == (["check", "check"], "losses")
+    assert (
+        header + text
+        == {
+            "tcpconnect": (
+                "SADDR            DADDR            DPORT CONNECTS\n"
+                "2001:db8::1      2001:db8::2      80    65537\n"
+                "192.0.2.1        192.0.2.9        80    7\n"
+                "192.0.2.2        192.0.2.9        80    7\n"
+                "192.0.2.1        192.0.2.10       443   7\n"
+            ),
+            "tcpaccept": (
+                "RADDR            LPORT ACCEPTS\n"
+                "2001:db8::1      80    65537\n"
+                "192.0.2.1        80    7\n"
+                "192.0.2.2        80    7\n"
+                "192.0.2.1        443   7\n"
+            ),
+        }[name]
+    )
+
+
+def test_many_counts(shared, monkeypatch):
+    """A batch at a time, and each flow once."""
+    items = [
+        (shared.FLOW.pack(port, 4, bytes(16), bytes(16)), struct.pack("=Q", port))
+        for port in range(1, 2004)
+    ]
+    written = []
+    monkeypatch.setattr(shared, "write", written.append)
+    monkeypatch.setattr(shared, "wait", lambda poll: True)
+    monkeypatch.setattr(shared, "map_items", lambda _: items)
+    losses = SimpleNamespace(report=lambda: None)
+    args = parse(shared, "-c")
+    shared.print_counts(args, traced({"flows": 71}), losses, None)
+    lines = [text.splitlines() for text in written]
+    assert list(map(len, lines)) == [1, 1000, 1000, 3]
+    counts = [int(line.split()[-1]) for line in itertools.chain(*lines[1:])]
+    assert counts == list(range(2003, 0, -1))
 
 
 # The fields of a line of JSON, in their order, and the types of their values.
@@ -214,9 +278,9 @@ JSON_FIELDS = {
     "netns": int,
     "cgroup": int,
 }
-# And those that options put behind them.
+# And those that options add at the end.
 MORE_JSON_FIELDS = {
-    "tcpconnect": {"error": str, "query": str},
+    "tcpconnect": {"error": str, "query": str, "query_age_ms": int},
     "tcpaccept": {"qlen": int, "qmax": int},
 }
 
@@ -227,15 +291,12 @@ def is_named(tool, host, monkeypatch):
 
 def test_json(name, tool, monkeypatch):
     is_named(tool, "web1", monkeypatch)
-    monkeypatch.setattr(tool.time, "monotonic_ns", lambda: 9_000_000_000)
-    monkeypatch.setattr(tool.time, "time_ns", lambda: 1_795_000_004_000_001_999)
-    args = options(json=True)
+    at_a_time(monkeypatch, tool, 9_000_000_000, 1_795_000_004_000_001_999)
     found = [
-        event(181, "a\x1b", 6, "2001:db8::1", "2001:db8::2", 80, other_port=40001),
-        event(7, "b", 4, "192.0.2.1", "192.0.2.2", 443, uid=65534, other_port=9),
+        event(tool, 181, "a\x1b", "2001:db8::1", "2001:db8::2", 80, other_port=40001),
+        event(tool, 7, "b", "192.0.2.1", "192.0.2.2", 443, uid=65534, other_port=9),
     ]
-    assert tool.header(args) == ""
-    first, second = tool.rows(args, found, 0).splitlines()
+    first, second = rows(tool, "--json", found).splitlines()
     assert json.loads(first) == {
         "ts": "2026-11-18T11:06:40.000001Z",
         "host": "web1",
@@ -257,11 +318,10 @@ def test_json(name, tool, monkeypatch):
 
 
 def test_json_of_a_host_that_gets_another_name(tool, monkeypatch):
-    found = [event(181, "a", 4, "192.0.2.1", "192.0.2.2", 80)]
+    found = [event(tool, 181, "a", "192.0.2.1", "192.0.2.2", 80)]
     for host in ("old", 'new"\n'):
         is_named(tool, host, monkeypatch)
-        line = tool.rows(options(json=True), found, 0)
-        assert json.loads(line)["host"] == host
+        assert json.loads(rows(tool, "--json", found))["host"] == host
 
 
 def types_of(line):
@@ -269,55 +329,48 @@ def types_of(line):
 
 
 def test_more_json(name, tool):
-    """Where they apply: the error with -x, the query with -d where it is known, and so the queue with -q."""
-    found = event(7, "a", 4, "192.0.2.1", "192.0.2.2", 80)
+    """Fields of -x, -d and -q, where they apply and are known."""
+    found = [
+        event(tool, 7, "a", "192.0.2.1", "192.0.2.2", 80, *own)
+        for own in {
+            "tcpconnect": ((errno.ETIMEDOUT,), (0,)),
+            "tcpaccept": ((0, 128), (UNKNOWN, UNKNOWN)),
+        }[name]
+    ]
     more = {**JSON_FIELDS, **MORE_JSON_FIELDS[name]}
     if name == "tcpconnect":
-        args = options(json=True, failed=True, dns=True)
-        late = event(7, "a", 4, "192.0.2.1", "192.0.2.2", 80, error=errno.ETIMEDOUT)
-        line = tool.rows(args, [late], 0, lambda _: "example.com")
-        nothing = tool.rows(args, [found], 0, lambda _: None)
-        some = {"event": "connect_failed", "error": "ETIMEDOUT", "query": "example.com"}
+        lines = rows(tool, "--json -x -d", found, 0, [("example.com", 4217), None])
+        some = {"event": "connect_failed", "error": "ETIMEDOUT"}
+        some.update({"query": "example.com", "query_age_ms": 4217})
     else:
-        args = options(json=True, queue=True)
-        line = tool.rows(args, [queued(found, 0, 128)], 0)
-        nothing = tool.rows(args, [queued(found, 0xFFFFFFFF, 0xFFFFFFFF)], 0)
+        lines = rows(tool, "--json -q", found)
         some = {"event": "accept", "qlen": 0, "qmax": 128}
-    assert list(types_of(line).items()) == list(more.items())
-    assert some.items() <= json.loads(line).items()
-    assert list(types_of(nothing).items()) == list(JSON_FIELDS.items())
+    full, bare = lines.splitlines()
+    assert list(types_of(full).items()) == list(more.items())
+    assert some.items() <= json.loads(full).items()
+    assert list(types_of(bare).items()) == list(JSON_FIELDS.items())
 
 
-def test_json_fields_are_in_the_man_page(name):
+def test_json_without_the_queue():
+    tool = load("tcpaccept")
+    found = [event(tool, 7, "a", "192.0.2.1", "192.0.2.2", 80, 0, 0)]
+    line = rows(tool, "--json", found)
+    assert list(types_of(line).items()) == list(JSON_FIELDS.items())
+
+
+def test_json_fields_are_in_the_man_page(name, shared):
     text = (TOP / f"man/man8/{name}.8").read_text()
     section = text[text.index(".SH JSON") : text.index(".SH OVERHEAD")]
     terms = re.findall(r"^\.TP\n(.*)", section, re.MULTILINE)
     fields = [*JSON_FIELDS, *MORE_JSON_FIELDS[name]]
     assert ", ".join(terms).split(", ") == fields
+    # -c goes without --json, and only -x has a table else
+    reasons = set(shared.LOSSES) - ({"table_full"} if name == "tcpaccept" else set())
+    words = re.findall(r"\b[a-z]+_full\b|\bskipped\b|\bcpu_offline\b", section)
+    assert set(words) == reasons
 
 
-def test_lost_events_in_json(tool, monkeypatch, capsys):
-    written = follow(tool, monkeypatch, [(1100, [900])], [{"full": 3}], json=True)
-    lost = json.loads(written[-1])
-    assert list(lost) == ["ts", "host", "event", "count", "reason"]
-    assert (lost["event"], lost["count"], lost["reason"]) == ("lost", 3, "full")
-    assert f"{tool.NAME}: lost 3 events, full\n" in capsys.readouterr().err
-
-
-def test_lines_fit_80_columns(tool):
-    widest = event(
-        4194304,
-        "fifteen-letters",
-        4,
-        "255.255.255.255",
-        "255.255.255.255",
-        65535,
-        ts=99_999 * 10**9,
-    )
-    assert len(tool.rows(TIMED, [widest], 0).rstrip()) < 80
-
-
-# RFC 5952, sections 2 and 4: every way to write an address on the left is the one on the right.
+# RFC 5952, sections 2 and 4: an address however written, and how it is shown.
 RFC_5952 = {
     "2001:db8:0:0:1:0:0:1": "2001:db8::1:0:0:1",
     "2001:0db8::0001": "2001:db8::1",
@@ -333,8 +386,13 @@ RFC_5952 = {
 
 
 @pytest.mark.parametrize("text", RFC_5952)
-def test_rfc_5952(tool, text):
-    assert tool.address(6, packed(text)) == RFC_5952[text]
+def test_rfc_5952(shared, text):
+    assert shared.ip_address(6, packed(text)) == RFC_5952[text]
+
+
+def test_ipv4_addresses(shared):
+    assert shared.ip_address(4, packed("192.0.2.1")) == "192.0.2.1"
+    assert shared.ip_address(4, packed("0.0.0.0")) == "0.0.0.0"
 
 
 @pytest.mark.parametrize(
@@ -353,120 +411,812 @@ def test_rfc_5952(tool, text):
         (b"name\0left over", "name"),
     ],
 )
-def test_names(tool, comm, shown):
-    assert tool.printable(comm.ljust(16, b"\0")) == shown
+def test_comm(shared, comm, shown):
+    assert shared.printable(comm.ljust(16, b"\0")) == shown
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=15))
-def test_any_name_stays_on_its_line(comm):
-    shown = load("tcpconnect").printable(comm)
+def test_any_comm_stays_on_its_line(shared, comm):
+    shown = shared.printable(comm)
     assert shown.isprintable() and not shown.startswith(" ")
     assert bool(shown.encode()) == bool(comm.partition(b"\0")[0])
 
 
-def test_buffers_stay_under_32_mb(tool):
-    for cpus, page_bytes in itertools.product(
-        (1, 2, 4, 31, 32, 33, 128, 4096), (4096, 65536)
-    ):
-        pages = tool.buffer_pages(cpus, page_bytes)
-        assert pages & (pages - 1) == 0
-        assert pages == 1 or cpus * pages * page_bytes <= 32 << 20
-    assert tool.buffer_pages(4, 4096) == 256
+def batches(shared, *steps):
+    """What a Timeline gives for steps of (before, timestamps that have come)."""
+    timeline, given_out = shared.Timeline(), []
+    for before, timestamps in steps:
+        timeline.add([(ts, f"event of {ts}") for ts in timestamps])
+        given_out.append([[ts for ts, _ in b] for b in timeline.batches(before)])
+    return given_out, timeline.first
 
 
-def follow(tool, monkeypatch, batches, lost=({},) * 9, **given):
-    """What follow() writes for batches of (now in ms, events); an event is a timestamp in ms. lost: by reason, each time."""
-    written, clock = [], iter([now * 1_000_000 for now, _ in batches])
-    queue = [[(ts * 1_000_000, None) for ts in events] for _, events in batches]
-
-    counts = iter(lost)
-    monkeypatch.setattr(tool, "open_buffers", lambda *_: lambda: queue.pop(0))
-    monkeypatch.setattr(tool, "poller", lambda b: None)
-    monkeypatch.setattr(tool, "rest", lambda poll, ms: len(queue) == 1)
-    lost_then = lambda: Counter(next(counts))
-    monkeypatch.setattr(tool, "count_losses", lambda b, no_room: lost_then)
-    monkeypatch.setattr(tool.time, "monotonic_ns", lambda: next(clock))
-    monkeypatch.setattr(tool, "write", written.append)
-    told = tool.follow(
-        None,
-        options(buffer_pages=None, **given),
-        tool.EVENT,
-        "header",
-        lambda events, first: [
-            (ts // 1_000_000, first // 1_000_000) for ts, _ in events
-        ],
-        [],
-    )
-    tool.say_total(told)
-    assert written.pop(0) == "header"
-    return written
+def test_events_are_sorted_within_and_across_batches(shared):
+    """What happened at `before` or later waits for earlier events to arrive."""
+    steps = (980, [970, 960, 999]), (1080, [995, 1050, 1080]), (1081, []), (1300, [])
+    given_out, first = batches(shared, *steps)
+    assert given_out == [[[960, 970]], [[995, 999, 1050]], [[1080]], []]
+    assert first == 960
 
 
-def test_rows_are_sorted_within_and_across_batches(tool, monkeypatch):
-    """What is younger than 20 ms waits: CPU 1's event of 995 is drained after CPU 0's of 999."""
-    written = follow(
-        tool,
-        monkeypatch,
-        [(1000, [970, 960, 999]), (1100, [995, 1050]), (1200, []), (1300, [])],
-    )
-    assert written == [[(960, 960), (970, 960)], [(995, 960), (999, 960), (1050, 960)]]
+def test_time_never_goes_backwards(shared):
+    """An event that comes too late has the time of the newest before it."""
+    steps = (980, [900, 950]), (1080, [890, 949, 960]), (1180, [970])
+    given_out, first = batches(shared, *steps)
+    assert given_out == [[[900, 950]], [[950, 950, 960]], [[970]]]
+    assert first == 900
 
 
-def test_time_never_goes_backwards(tool, monkeypatch):
-    written = follow(
-        tool, monkeypatch, [(1000, [900]), (1100, [890, 1000]), (1200, []), (1300, [])]
-    )
-    assert written == [[(900, 900)], [(900, 900), (1000, 900)]]
+def test_what_is_held_is_given_at_the_end(shared):
+    given_out, _ = batches(shared, (0, [999, 998]), (float("inf"), [1 << 63]))
+    assert given_out == [[], [[998, 999, 1 << 63]]]
 
 
-def test_what_is_held_is_written_at_the_end(tool, monkeypatch):
-    written = follow(tool, monkeypatch, [(1000, []), (1000, [999])])
-    assert [ts for batch in written for ts, _ in batch] == [999]
+def test_batches_are_bounded(shared):
+    given_out, _ = batches(shared, (5000, list(range(2003, 0, -1))))
+    assert list(map(len, given_out[0])) == [1000, 1000, 3]
+    assert list(itertools.chain(*given_out[0])) == list(range(1, 2004))
 
 
-def test_lost_events_are_said(tool, monkeypatch, capsys):
-    """Once a second, and at the end."""
-    follow(
-        tool,
-        monkeypatch,
-        [(1100, [900]), (1200, []), (2200, [1000]), (2300, []), (2400, [])],
-        [{"full": 3}, {"full": 2, "asleep": 1}, {"asleep": 1}],
-    )
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(1, 5000), max_size=40), max_size=8))
+def test_any_order(shared, arrivals):
+    """All events come out, once each, and time never goes backwards."""
+    timeline, found, before = shared.Timeline(), [], 0
+    for number, timestamps in enumerate(arrivals):
+        timeline.add([(ts, (number, i)) for i, ts in enumerate(timestamps)])
+        before += 1000
+        found += itertools.chain(*timeline.batches(before))
+    found += itertools.chain(*timeline.batches(float("inf")))
+    assert [ts for ts, _ in found] == sorted(ts for ts, _ in found)
+    assert sorted(event for _, event in found) == [
+        (number, i) for number, some in enumerate(arrivals) for i in range(len(some))
+    ]
+
+
+MS = 1_000_000
+
+
+def test_event_batches(shared, monkeypatch):
+    """Events settle for 20 ms, but not in the end; each loop does all chores."""
+    done, clock = [], iter([1000 * MS, 1100 * MS, 1200 * MS])
+    is_over = iter([False, False, True])
+    arrived = iter([[970, 990], [989, 1050], [1199]])
+    monkeypatch.setattr(shared, "wait", lambda poll: next(is_over))
+    monkeypatch.setattr(shared.time, "monotonic_ns", lambda: next(clock))
+
+    def read():
+        done.append("read")
+        return [(ts * MS, "") for ts in next(arrived)]
+
+    losses = SimpleNamespace(report_when_due=lambda now: done.append(("due", now)))
+    events, chores = SimpleNamespace(read=read), [lambda: done.append("chore")]
+    for batch, first in shared.event_batches(events, losses, "poll", chores):
+        done.append(([ts // MS for ts, _ in batch], first // MS))
+    assert done == [
+        *("read", "chore", ([970], 970), ("due", 1000 * MS)),
+        *("read", "chore", ([989, 990, 1050], 970), ("due", 1100 * MS)),
+        *("read", "chore", ([1199], 970), ("due", float("inf"))),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "offset_ms"),
+    [
+        ("monotonic           0         0\nboottime           -9         0\n", 0),
+        ("monotonic         -15 500000000\nboottime            0         0\n", -14500),
+        (None, 0),
+    ],
+)
+def test_kernel_time(shared, monkeypatch, tmp_path, text, offset_ms):
+    """As in time_namespaces(7), whose kernels have it since 5.6."""
+    file = tmp_path / "timens_offsets"
+    if text:
+        file.write_text(text)
+    files = {"/proc/self/timens_offsets": file}
+    opened = lambda path: files[path].open()
+    monkeypatch.setattr(shared, "open", opened, raising=False)
+    monkeypatch.setattr(shared.time, "monotonic_ns", lambda: 70_000 * MS)
+    monkeypatch.setattr(shared.time, "time_ns", lambda: 90_000 * MS)
+    shared.namespace_offset.cache_clear()
+    assert shared.kernel_time() == (70_000 - offset_ms) * MS
+    assert shared.boot_time() == (20_000 + offset_ms) * MS
+    shared.namespace_offset.cache_clear()
+
+
+class Counters:
+    """A fake of the C program's map `lost`, and of what the kernel counts."""
+
+    def __init__(self, shared, monkeypatch, programs=("trace_connect",)):
+        self.fd = os.memfd_create("lost")
+        os.truncate(self.fd, mmap.PAGESIZE)
+        self.map = mmap.mmap(self.fd, 0)
+        self.misses = dict.fromkeys(programs, 0)
+        descriptors = {name: os.memfd_create(name) for name in programs}
+        monkeypatch.setattr(shared, "recursion_misses", self.recursion_misses)
+        self.traced = traced({"lost": self.fd}, descriptors)
+
+    def recursion_misses(self, fdinfo_fd):
+        number = int(os.readlink(f"/proc/self/fd/{fdinfo_fd}").rpartition("/")[2])
+        programs = self.traced.programs.items()
+        return self.misses[{fd: name for name, fd in programs}[number]]
+
+    def add(self, counter, count):
+        (before,) = struct.unpack_from("=Q", self.map, 8 * counter)
+        struct.pack_into("=Q", self.map, 8 * counter, before + count)
+
+
+BUFFER_FULL, CPU_OFFLINE, TABLE_FULL, SKIPPED, RESPONSE_LOST = range(5)
+
+
+def test_the_c_programs_reasons(shared):
+    names = re.search(r"enum { (BUFFER_FULL, .*), REASONS };", shared.BPF_SHARED)[1]
+    reasons = names.lower().split(", ")
+    assert reasons == [*shared.LOSSES, "response_lost"]
+    assert reasons[shared.RESPONSE_LOST] == "response_lost"
+
+
+def test_losses(shared, monkeypatch, capsys):
+    counters = Counters(shared, monkeypatch)
+    counters.add(BUFFER_FULL, 2)  # before tracing began
+    counters.misses["trace_connect"] = 11
+    losses = shared.Losses(parse(shared), counters.traced)
+    losses.report()
+    losses.report_total()
+    assert capsys.readouterr() == ("", "")
+    counters.add(BUFFER_FULL, 3)
+    counters.add(RESPONSE_LOST, 5)
+    losses.report()
+    counters.add(BUFFER_FULL, 7)
+    counters.add(TABLE_FULL, 1)
+    counters.add(SKIPPED, 2)
+    counters.misses["trace_connect"] = 22
+    losses.report()
+    losses.report()
+    losses.report_total()
     assert capsys.readouterr().err == (
-        f"{tool.NAME}: lost 3 events, full\n"
-        f"{tool.NAME}: lost 2 events, full\n"
-        f"{tool.NAME}: lost 1 events, asleep\n"
-        f"{tool.NAME}: lost 1 events, asleep\n"
-        f"{tool.NAME}: lost 7 events in all\n"
+        "tcpconnect: lost 3 events: buffer full (try -b)\n"
+        "tcpconnect: lost 7 events: buffer full (try -b)\n"
+        "tcpconnect: lost 1 events: table full (65,536 entries)\n"
+        "tcpconnect: lost 13 events: skipped by the kernel "
+        "(see tcpconnect(8), Lost events)\n"
+        "tcpconnect: lost 24 events in total\n"
     )
 
 
-def test_reader_gone_is_a_quiet_end(tool, monkeypatch):
+def test_losses_are_reported_once_per_second(shared, monkeypatch, capsys):
+    counters = Counters(shared, monkeypatch)
+    losses = shared.Losses(parse(shared), counters.traced)
+    reported = []
+    for now_ms in (1100, 1200, 2099, 2100, 3099, 3100):
+        counters.add(BUFFER_FULL, 1)
+        losses.report_when_due(now_ms * MS)
+        reported += [now_ms] * capsys.readouterr().err.count("buffer full")
+    assert reported == [1100, 2100, 3100]
+    counters.add(BUFFER_FULL, 1)
+    losses.report_when_due(float("inf"))
+    assert losses.total == 7
+
+
+def test_programs_that_lose_no_event(name, tool, monkeypatch):
+    """A name or a queue is missing then, or another program ran in its place.
+
+    bcc's prefixes come before a function.
+    """
+    counted, others = {
+        "tcpconnect": (
+            ["kretfunc__vmlinux__tcp_v4_connect", "kfunc__tcp_disconnect"]
+            + ["trace_connect", "trace_return", "trace_disconnect"],
+            ["kfunc__vmlinux__skb_consume_udp", "kfunc__skb_consume_udp", "trace_udp"]
+            + ["trace_state", "trace_state_in_softirq"],
+        ),
+        "tcpaccept": (
+            ["kretfunc__vmlinux__inet_csk_accept", "kfunc__security_sock_graft"]
+            + ["trace_graft", "trace_accept_return"],
+            ["trace_accept"],
+        ),
+    }[name]
+    monkeypatch.setattr(tool, "is_preemptible", lambda: False)
+    counters = Counters(tool, monkeypatch, (*counted, *others))
+    losses = tool.Losses(parse(tool), counters.traced)
+    for program in others:
+        counters.misses[program] = 5
+    assert losses.counts()["skipped"] == 0
+    for program in counted:
+        counters.misses[program] = 7
+    assert losses.counts()["skipped"] == 7 * len(counted)
+
+
+def test_programs_of_which_one_is_enough(shared, monkeypatch):
+    """Where threads are preempted in both of them, an event is lost."""
+    monkeypatch.setattr(shared, "is_preemptible", lambda: True)
+    counters = Counters(shared, monkeypatch, ("trace_connect", *shared.ALTERNATES))
+    losses = shared.Losses(parse(shared), counters.traced)
+    assert losses.counts()["skipped"] == 0
+    counters.misses.update(dict(zip(shared.ALTERNATES, (11, 7))), trace_connect=2)
+    assert losses.counts()["skipped"] == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "misses"),
+    [
+        ("prog_type:\t26\nrun_cnt:\t0\nrecursion_misses:\t71\nverified:\t5\n", 71),
+        ("pos:\t0\nrecursion_misses:\t0\n", 0),
+        ("prog_type:\t2\nrun_cnt:\t9\n", 0),
+        ("my_recursion_misses:\t5\n", 0),
+    ],
+)
+def test_recursion_misses(shared, tmp_path, text, misses):
+    """As fdinfo has it, read again each time; kernels before 5.12 do not."""
+    (tmp_path / "fdinfo").write_text(text)
+    descriptor = os.open(tmp_path / "fdinfo", os.O_RDONLY)
+    assert shared.recursion_misses(descriptor) == misses
+    assert shared.recursion_misses(descriptor) == misses
+    os.close(descriptor)
+
+
+def test_losses_in_json(shared, monkeypatch, capsys):
+    is_named(shared, 'web"1', monkeypatch)
+    at_a_time(monkeypatch, shared, 0, 1_795_000_004_000_001_999)
+    written = []
+    monkeypatch.setattr(shared, "write", written.append)
+    counters = Counters(shared, monkeypatch)
+    losses = shared.Losses(parse(shared, "--json", "-x"), counters.traced)
+    for reason in (BUFFER_FULL, CPU_OFFLINE, TABLE_FULL, SKIPPED):
+        counters.add(reason, 3 + reason)
+    losses.report()
+    losses.report_total()
+    lines = [json.loads(line) for line in written]
+    assert list(lines[0]) == ["ts", "host", "event", "count", "reason"]
+    assert lines[0] == {
+        "ts": "2026-11-18T11:06:44.000001Z",
+        "host": 'web"1',
+        "event": "lost",
+        "count": 3,
+        "reason": "buffer_full",
+    }
+    assert [(line["count"], line["reason"]) for line in lines] == [
+        *((3, "buffer_full"), (4, "cpu_offline"), (5, "table_full"), (6, "skipped"))
+    ]
+    assert all(line.endswith("}\n") for line in written)
+    assert capsys.readouterr().err.splitlines()[::4] == [
+        "tcpconnect: lost 3 events: buffer full (try -b)",
+        "tcpconnect: lost 18 events in total",
+    ]
+
+
+def test_calls_that_never_returned(shared, monkeypatch):
+    """-x with kprobes: those that got to connect are in another table."""
+    calls = [(bytes(8), shared.CALL.pack(1, 2, 16, far)) for far in (0, 1, 0, 0, 1)]
+    monkeypatch.setattr(shared, "map_items", {71: calls}.get)
+    added = []
+    losses = SimpleNamespace(add=lambda *what: added.append(what))
+    shared.report_calls_missed(traced({"events": 70}), losses)
+    assert added == []
+    shared.report_calls_missed(traced({"calls": 71}), losses)
+    assert added == [("skipped", 3)]
+
+
+def test_responses_lost(shared, monkeypatch, capsys):
+    counters = Counters(shared, monkeypatch)
+    losses = shared.Losses(parse(shared), counters.traced)
+    shared.report_names_missed(losses, 0)
+    assert capsys.readouterr().err == ""
+    counters.add(RESPONSE_LOST, 3)
+    shared.report_names_missed(losses, 7)
+    losses.report_total()
+    assert capsys.readouterr().err == (
+        "tcpconnect: lost 3 DNS responses: buffer full\n"
+        "tcpconnect: lost the end of 7 DNS responses (see tcpconnect(8), Names)\n"
+    )
+
+
+@pytest.fixture
+def traced_cgroups(shared, monkeypatch):
+    """(slot, inode) of each cgroup as it is put into the map."""
+    traced = []
+
+    def trace(cgroups, slot, directory):
+        assert cgroups.map_fd == 71
+        traced.append((slot, os.stat(directory).st_ino))
+
+    monkeypatch.setattr(shared.Cgroups, "trace", trace)
+    return traced
+
+
+def test_cgroups(shared, traced_cgroups, tmp_path, capsys):
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+    old = [os.mkdir(path) or os.stat(path).st_ino for path in paths]
+    cgroups = shared.Cgroups(71, paths)
+    cgroups.check()
+    assert traced_cgroups == [(0, old[0]), (1, old[1])]
+    assert capsys.readouterr() == ("", "")
+    # Recreated between two polls: renamed, for a new inode may have the same number
+    os.mkdir(tmp_path / "new")
+    new = os.stat(tmp_path / "new").st_ino
+    os.rename(tmp_path / "new", paths[1])
+    cgroups.check()
+    cgroups.check()
+    assert traced_cgroups[2:] == [(1, new)]
+    assert capsys.readouterr().err == (
+        f"tcpconnect: cgroup {paths[1]} was recreated; its first events were missed\n"
+    )
+
+
+def test_cgroup_that_is_removed(shared, traced_cgroups, tmp_path, capsys):
+    """It is reported once, and traced when it is there again."""
+    path, shown = str(tmp_path / "a\x1b"), f"{tmp_path}/a\\x1b"
+    os.mkdir(path)
+    cgroups = shared.Cgroups(71, [path])
+    os.rename(path, tmp_path / "elsewhere")
+    cgroups.check()
+    cgroups.check()
+    assert capsys.readouterr().err == f"tcpconnect: cgroup {shown} was removed\n"
+    os.mkdir(path)
+    cgroups.check()
+    assert traced_cgroups[1:] == [(0, os.stat(path).st_ino)]
+    assert capsys.readouterr().err == (
+        f"tcpconnect: cgroup {shown} was recreated; its first events were missed\n"
+    )
+
+
+def test_no_cgroups(shared, capsys):
+    shared.Cgroups(None, []).check()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_cgroup_is_put_into_the_map(shared, monkeypatch, tmp_path):
+    """By a descriptor of its directory, which is closed again."""
+    updates = []
+
+    def map_update(map_fd, key, value):
+        (descriptor,) = struct.unpack("=I", value)
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        updates.append((map_fd, key, path))
+
+    monkeypatch.setattr(shared, "map_update", map_update)
+    before = len(os.listdir("/proc/self/fd"))
+    shared.Cgroups(71, ["/", str(tmp_path)])
+    zero, one = (struct.pack("=I", slot) for slot in (0, 1))
+    assert updates == [(71, zero, "/"), (71, one, str(tmp_path))]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+A, AAAA, CNAME = 1, 28, 5
+RESOLVER, STRANGER = "192.0.2.53", "192.0.2.66"
+ANSWERED = 0x8180  # the flags of a response: QR, RD, RA
+POINTER = b"\xc0\x0c"  # to the name in the question
+
+
+def encoded(name):
+    parts = [part.encode() for part in name.split(".")]
+    return b"".join(bytes([len(part)]) + part for part in parts) + b"\0"
+
+
+def record(answer):
+    """A resource record (RFC 1035) of an address, or of the name that an alias has."""
+    if re.fullmatch("[0-9.]+", answer):
+        kind, data = A, socket.inet_pton(socket.AF_INET, answer)
+    elif ":" in answer:
+        kind, data = AAAA, socket.inet_pton(socket.AF_INET6, answer)
+    else:
+        kind, data = CNAME, encoded(answer)
+    return POINTER + struct.pack(">HHIH", kind, 1, 60, len(data)) + data
+
+
+def message(name, *answers, flags=ANSWERED, questions=1):
+    """A DNS message (RFC 1035) that answers with addresses."""
+    header = struct.pack(">6H", 7, flags, questions, len(answers), 0, 0)
+    question = encoded(name) + struct.pack(">HH", A, 1)
+    return header + question + b"".join(map(record, answers))
+
+
+def received(message, ts, pid=181, server=RESOLVER, connected=0, cut=0):
+    """A RESPONSE, unpacked, in which so much of a message is."""
+    if ":" in server:
+        ip_header = b"\x60".ljust(8) + packed(server)
+    else:
+        ip_header = b"\x45".ljust(12) + packed(server)[:4]
+    text = message.ljust(2048, b"\xff")
+    return ts, pid, len(message), cut, connected, ip_header.ljust(40), text
+
+
+def response(name, *answers, ts, pid=181, **fields):
+    return received(message(name, *answers), ts, pid, **fields)
+
+
+def names_of(shared, patch, options="-d", arrived=()):
+    """Names of the DNS responses in the list `arrived`."""
+    arrived = list(arrived)
+
+    def buffers(*what):
+        assert what == (71, shared.RESPONSE, 32, "poll")
+        return SimpleNamespace(read=lambda: [arrived.pop(0) for _ in arrived[:]])
+
+    patch.setattr(shared, "Buffers", buffers)
+    patch.setattr(shared, "resolvers", lambda: {packed(RESOLVER)[:4]})
+    shared.import_dns()
+    args = parse(shared, *options.split())
+    names = shared.Names(args, traced({"responses": 71}), 32, "poll")
+    names.arrived = arrived
+    return names
+
+
+@pytest.fixture
+def names(shared, monkeypatch):
+    return names_of(shared, monkeypatch)
+
+
+def looked_up(shared, names, address, ts, pid=181):
+    """(name, age in ms) that a connect would show, or None."""
+    names.read()
+    source = "2001:db8::1" if ":" in address else "192.0.2.1"
+    return names.query(event(shared, pid, "a", source, address, 80, ts=ts))
+
+
+def query(*what, **fields):
+    """The name that a connect would show, or None."""
+    return (looked_up(*what, **fields) or [None])[0]
+
+
+def test_names(shared, names):
+    """All addresses of a response; what a CNAME leads to has the name asked for."""
+    answers = "cdn.example.net", "192.0.2.7", "192.0.2.8", "2001:db8::7"
+    names.arrived.append(response("www.example.com", *answers, ts=5 * MS))
+    for address in answers[1:]:
+        assert query(shared, names, address, 6 * MS) == "www.example.com"
+    assert query(shared, names, "192.0.2.9", 6 * MS) is None
+    assert query(shared, names, "::", 6 * MS) is None
+
+
+def test_names_are_those_at_the_time_of_the_connect(shared, names):
+    """Whatever order the buffers of several CPUs are read in."""
+    names.arrived += [
+        response("later.example", "192.0.2.7", ts=30 * MS),
+        response("first.example", "192.0.2.7", ts=10 * MS),
+        response("then.example", "192.0.2.7", ts=20 * MS),
+    ]
+    wanted = [(9, None), (10, "first"), (19, "first"), (20, "then"), (31, "later")]
+    for ts_ms, name in wanted:
+        shown = query(shared, names, "192.0.2.7", ts_ms * MS)
+        assert shown == (name and f"{name}.example")
+
+
+def failure(shared, address, ts, failed, pid=181):
+    """A FAILURE, unpacked: a connect at one time (ns) that failed at another."""
+    connect = event(shared, pid, "a", "192.0.2.1", address, 80, 111, ts=ts)
+    return shared.FAILURE.unpack(
+        shared.FAILURE.pack(failed, *connect[:-1], connect[-1])
+    )
+
+
+def test_names_of_connects_that_fail(shared, monkeypatch):
+    """-x: by the time of the connect, in whatever order they fail."""
+    arrived = [
+        response(f"n{ms}.example", "192.0.2.7", ts=ms * MS) for ms in (10, 20, 30)
+    ]
+    names = names_of(shared, monkeypatch, "-d -x", arrived)
+    names.read()
+    for connect, failed, shown in (
+        (40, 41, ("n30.example", 10)),
+        (29, 50, ("n20.example", 9)),
+        (9, 60, None),
+        (10, 2070, ("n10.example", 0)),
+    ):
+        found = failure(shared, "192.0.2.7", connect * MS, failed * MS)
+        assert names.query(found) == shown
+
+
+def test_lookups_that_are_kept(shared, monkeypatch):
+    """-x: the last 32 of a process's name, and of any. Else one is enough."""
+    arrived = [response("a.example", "192.0.2.7", ts=ms * MS) for ms in range(1, 68)]
+    for options, ages in (("-d -x", [31, None]), ("-d", [None, None])):
+        names = names_of(shared, monkeypatch, options, arrived)
+        assert looked_up(shared, names, "192.0.2.7", 67 * MS) == ("a.example", 0)
+        for pid in (181, 182):
+            old = [
+                failure(shared, "192.0.2.7", ms * MS, 99 * MS, pid) for ms in (36, 35)
+            ]
+            found = [names.query(one) for one in old]
+            assert found == [ages[0] and ("a.example", 0), ages[1]]
+
+
+def test_rows_of_connects_that_fail(shared, monkeypatch):
+    """They have the time of the failure."""
+    at_a_time(monkeypatch, shared, 0, 0)
+    is_named(shared, "web1", monkeypatch)
+    found = failure(shared, "192.0.2.7", 7_000_000_000, 9_500_000_000)
+    shown = rows(shared, "-x -t -d", [found], 2_000_000_000, [("a.example", 1000)])
+    assert shown.splitlines()[1] == (
+        "7.500     181     a            4  192.0.2.1        192.0.2.7        80    "
+        "ECONNREFUSED  a.example (1000 ms)"
+    )
+    line = json.loads(rows(shared, "-x --json", [found]))
+    assert line["ts"] == "1970-01-01T00:00:09.500000Z"
+    assert (line["sport"], line["dport"], line["error"]) == (0, 80, "ECONNREFUSED")
+
+
+def test_names_of_the_process_come_first(shared, names):
+    names.arrived += [
+        response("own.example", "192.0.2.7", ts=10 * MS, pid=181),
+        response("other.example", "192.0.2.7", ts=20 * MS, pid=182),
+    ]
+    assert query(shared, names, "192.0.2.7", 30 * MS, pid=181) == "own.example"
+    assert query(shared, names, "192.0.2.7", 30 * MS, pid=182) == "other.example"
+    assert query(shared, names, "192.0.2.7", 30 * MS, pid=183) == "other.example"
+
+
+@pytest.mark.parametrize(
+    ("sent", "is_believed"),
+    [
+        ({}, True),
+        ({"server": STRANGER}, False),
+        ({"server": STRANGER, "connected": 1}, True),
+        ({"server": "2001:db8::53"}, True),
+        ({"server": "2001:db8::66"}, False),
+        ({"server": "127.0.0.53"}, False),
+    ],
+)
+def test_whose_responses_name_addresses_for_all(
+    shared, names, monkeypatch, sent, is_believed
+):
+    """A resolver's, or what came to a connected socket; others for who read them."""
+    believed = {packed(RESOLVER)[:4], packed("2001:db8::53")}
+    monkeypatch.setattr(shared, "resolvers", lambda: believed)
+    names.arrived += [
+        response("good.example", "192.0.2.7", ts=10 * MS, pid=183),
+        response("new.example", "192.0.2.7", ts=20 * MS, pid=181, **sent),
+    ]
+    shown = [query(shared, names, "192.0.2.7", 30 * MS, pid=pid) for pid in (181, 182)]
+    assert shown == ["new.example", "new.example" if is_believed else "good.example"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (None, ["127.0.0.1"]),
+        ("search example.com\n", ["127.0.0.1"]),
+        (
+            (
+                "# nameserver 192.0.2.1\n nameserver\t192.0.2.53 # ours\nnameserver\n"
+                "nameserver ::1\nnameserver fe80::1%eth0\nnameserver \xff\0 x\n"
+            ),
+            ["192.0.2.53", "::1", "fe80::1"],
+        ),
+        ("nameserver 127.0.0.53\noptions edns0 trust-ad\n", ["127.0.0.53"]),
+    ],
+)
+def test_resolvers(shared, monkeypatch, tmp_path, text, found):
+    path = tmp_path / "resolv.conf"
+    monkeypatch.setattr(shared, "RESOLV_CONF", str(path))
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    assert shared.resolvers() == {
+        packed(address)[: 16 if ":" in address else 4] for address in found
+    }
+
+
+def test_resolvers_are_read_anew(shared, monkeypatch):
+    """For each batch of responses, and only for these."""
+    calls = []
+    names = names_of(shared, monkeypatch)
+    monkeypatch.setattr(shared, "resolvers", lambda: calls.append(1) or set())
+    names.read()
+    names.arrived += [response("a.example", "192.0.2.7", ts=ts) for ts in (1, 2)]
+    names.read()
+    names.read()
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"flags": 0x0100},  # a query
+        {"flags": ANSWERED | 2},  # SERVFAIL
+        {"flags": ANSWERED | 3},  # NXDOMAIN
+        {"flags": ANSWERED | 5 << 11},  # an update
+        {"questions": 0},
+        {"questions": 2},
+    ],
+)
+def test_messages_that_are_not_believed(shared, names, fields):
+    """Not even for who read them, from a resolver, on a connected socket."""
+    text = message("a.example", "192.0.2.7", **fields)
+    names.arrived.append(received(text, 1, connected=1))
+    assert query(shared, names, "192.0.2.7", 2) is None
+    names.arrived.append(received(text[:30], 1, cut=1))
+    assert query(shared, names, "192.0.2.7", 2) is None
+    assert names.cut == 0
+
+
+def test_responses_that_are_cut(shared, names):
+    """What is there before the end is taken; what is missing of answers is counted."""
+    text = message("a.example", "cdn.example", "192.0.2.7", "192.0.2.8")
+    begin = len(text) - 32  # of the two addresses, 16 bytes each
+    for length in range(len(text) + 1):
+        names.arrived.append(received(text[:length], 5, cut=1))
+        names.read()
+        assert names.cut == 1 - (length == len(text))
+        names.cut = 0
+        shown = [query(shared, names, f"192.0.2.{n}", 5) for n in (7, 8)]
+        there = (length >= begin + 16, length >= begin + 32)
+        assert shown == [is_there and "a.example" or None for is_there in there]
+        names.names.clear()
+    names.arrived.append(received(text[:-1], 5, cut=0))  # was sent like that
+    names.read()
+    assert names.cut == 0
+
+
+def test_records_of_other_kinds(shared, names):
+    """An address has its type, class and length."""
+    text = message("a.example", *["192.0.2.7"] * 3, "192.0.2.8")
+    first = len(text) - 64 + 2
+    for at, change in ((0, (AAAA, 1)), (16, (A, 3)), (32, (16, 1))):
+        at += first
+        text = text[:at] + struct.pack(">HH", *change) + text[at + 4 :]
+    names.arrived.append(received(text, 1))
+    assert query(shared, names, "192.0.2.7", 2) is None
+    assert query(shared, names, "192.0.2.8", 2) == "a.example"
+
+
+@pytest.mark.parametrize("age_ms", [0, 999, 1000, 86_399_999])
+def test_age_of_names(shared, names, age_ms):
+    """The table shows it from a second on, JSON always."""
+    names.arrived.append(response("a.example", "192.0.2.7", ts=10 * MS))
+    ts = (10 + age_ms) * MS
+    assert looked_up(shared, names, "192.0.2.7", ts) == ("a.example", age_ms)
+    found = [event(shared, 181, "a", "192.0.2.1", "192.0.2.7", 80)]
+    shown = rows(shared, "-d", found, 0, [("a.example", age_ms)])
+    age = f" ({age_ms} ms)" if age_ms >= 1000 else ""
+    assert shown.endswith(f" 80    a.example{age}\n")
+    line = rows(shared, "-d --json", found, 0, [("a.example", age_ms)])
+    fields = json.loads(line)
+    assert (fields["query"], fields["query_age_ms"]) == ("a.example", age_ms)
+
+
+def test_names_are_made_harmless(shared, names):
+    names.arrived.append(response("a\x1b[2J\n.example", "192.0.2.7", ts=1))
+    assert query(shared, names, "192.0.2.7", 2) == "a\\x1b[2j\\n.example"
+    names.arrived.append(response("good.example\0.evil", "192.0.2.7", ts=3))
+    assert query(shared, names, "192.0.2.7", 4) == r"good.example\\0.evil"
+
+
+def test_names_have_one_spelling(shared, names):
+    """Resolvers mix upper and lower case, to know their own questions (0x20)."""
+    names.arrived.append(response("wWw.ExAmPle.com", "192.0.2.7", ts=1))
+    assert query(shared, names, "192.0.2.7", 2) == "www.example.com"
+
+
+def test_responses_that_wait_are_bounded(shared, names, monkeypatch):
+    """The earliest need not wait for a connect."""
+    monkeypatch.setattr(shared, "NAMES", 2)
+    names.arrived += [
+        response(f"n{i}.example", f"192.0.2.{i}", ts=i * MS) for i in (5, 3, 7, 4)
+    ]
+    names.read()
+    assert [ts for ts, *_ in sorted(names.waiting)] == [5 * MS, 7 * MS]
+    assert query(shared, names, "192.0.2.3", 3 * MS) == "n3.example"
+    assert query(shared, names, "192.0.2.3", 2 * MS) is None
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=512), st.binary(min_size=40, max_size=40))
+def test_any_response(shared, found, ip_header):
+    """Whatever is in it, no error comes of it."""
+    whole = response("a.example", "192.0.2.7", ts=1)[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        names = names_of(shared, patch)
+        for text, length in (
+            (found, len(found)),
+            (found, 2047),
+            (whole[:40] + found, 40 + len(found)),
+        ):
+            fields = 1, 181, length, 1, 0, ip_header, text.ljust(2048, b"\0")
+            names.arrived.append(fields)
+        assert looked_up(shared, names, "192.0.2.66", 2) is None
+    for lookups in names.names.values():
+        assert all(name.isprintable() for _, name in lookups)
+
+
+def test_work_for_a_response_is_bounded(shared):
+    """As many records as fit, whose names lead from one to the next: none is followed.
+
+    Each byte is read one time at most, however many labels they would have.
+    """
+    text = bytearray(struct.pack(">6H", 7, ANSWERED, 1, 65535, 0, 0))
+    text += b"\1a\0" + struct.pack(">HH", A, 1)
+    before = 12
+    while len(text) < 2047 - 14:
+        at = len(text)
+        text += b"\1a" + struct.pack(">HHHIH", 0xC000 | before, A, 1, 60, 0)
+        before = at
+    read = []
+
+    class Message(bytes):
+        def __getitem__(self, at):
+            read.append(at)
+            return super().__getitem__(at)
+
+    assert shared.answers(Message(text)) == ([b"a"], False)
+    assert len(read) < len(text)
+
+
+@pytest.mark.parametrize("options", ["", "--json", "-d", "-d --json"])
+def test_events_and_responses(shared, monkeypatch, options):
+    """What becomes of them with each kind of output; both are opened anew."""
+    done, hotplugs = [], []
+    args = parse(shared, *options.split())
+    names = SimpleNamespace(responses="responses", read="read", query=lambda _: None)
+    cgroups = SimpleNamespace(check="check")
+    found = event(shared, 7, "a", "192.0.2.1", "192.0.2.2", 80)
+
+    def event_batches(*what):
+        done.append(what)
+        yield [found], 1
+
+    def hotplug(*what):
+        hotplugs.append(what)
+        return SimpleNamespace(check="hotplug")
+
+    monkeypatch.setattr(shared, "event_batches", event_batches)
+    monkeypatch.setattr(shared, "Hotplug", hotplug)
+    monkeypatch.setattr(shared, "write", done.append)
+    names = names if args.dns else None
+    shared.print_events(args, "poll", "events", names, "losses", cgroups)
+    head, what, text = done
+    chores = ["check", "read", "hotplug"] if args.dns else ["check", "hotplug"]
+    assert what == ("events", "losses", "poll", chores)
+    opened = ["events", "responses"] if args.dns else ["events"]
+    assert hotplugs == [("losses", opened)]
+    assert head == ("" if args.json else shared.header(args))
+    assert text.startswith('{"ts": ' if args.json else "7       a ")
+
+
+@pytest.mark.parametrize("value", ["1", ""])
+def test_debug(shared, monkeypatch, capsys, value):
+    """Tests and scripts wait for this line."""
+    monkeypatch.setenv("TCPTOOLS_DEBUG", value)
+    written = []
+    monkeypatch.setattr(shared, "write", written.append)
+    shared.print_header(parse(shared))
+    assert written == [shared.header(parse(shared))]
+    assert capsys.readouterr().err == ("tcpconnect: tracing\n" if value else "")
+
+
+def test_reader_gone_is_a_quiet_end(shared, monkeypatch, capsys):
     def broken(_fd, _data):
         raise BrokenPipeError
 
-    monkeypatch.setattr(tool.os, "write", broken)
+    monkeypatch.setattr(shared.os, "write", broken)
     with pytest.raises(SystemExit) as end:
-        tool.write("row\n")
-    assert end.value.code == 0
+        shared.write("row\n")
+    assert (end.value.code, capsys.readouterr()) == (0, ("", ""))
 
 
-def test_a_short_write_is_completed(tool, monkeypatch):
+def test_disk_full(shared, monkeypatch, capsys):
+    def full(_fd, _data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shared.os, "write", full)
+    with pytest.raises(SystemExit) as end:
+        shared.write("row\n")
+    assert (end.value.code, capsys.readouterr().err) == (
+        1,
+        "tcpconnect: error: cannot write: No space left on device\n",
+    )
+
+
+def test_a_short_write_is_completed(shared, monkeypatch):
     taken = []
 
     def write(fd, data):
+        assert fd == 1
         taken.append(data[:3])
         return len(data[:3])
 
-    monkeypatch.setattr(tool.os, "write", write)
-    tool.write("caf\u00e9 row\n")
+    monkeypatch.setattr(shared.os, "write", write)
+    shared.write("caf\u00e9 row\n")
     assert b"".join(taken).decode() == "caf\u00e9 row\n"
-
-
-def test_what_libraries_print_is_held_back(tool, capfd):
-    with tool.quiet() as said:
-        os.write(1, b"to stdout\n")
-        os.write(2, b"to stderr\n")
-    assert said == ["to stdout\nto stderr\n"]
-    assert capfd.readouterr() == ("", "")
+    shared.write("")
+    assert len(taken) == 4

@@ -16,17 +16,36 @@ SHELL = (
     ".ci/run",
     "examples/demo",
 )
-
-
-def shared(name):
-    text = (TOP / name).read_text()
-    return text[
-        text.index("# ---- shared") : text.index("# ---- end of what is shared")
-    ]
+# Python without .py, which ruff does not find by itself.
+PYTHON = (*TOOLS, "examples/fleet/servicemap", "tests/bench", "tests/share")
 
 
 def test_shared_block_is_the_same():
-    assert shared("tcpconnect") == shared("tcpaccept")
+    share = load("tests/share")
+    source, target = ((TOP / name).read_text() for name in TOOLS)
+    assert target == share.shared(source, target), "run tests/share"
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_shared_block_is_all_from_its_marker_to_the_end(name):
+    share = load("tests/share")
+    text = (TOP / name).read_text()
+    assert text.count("# ---- Shared: ") == 1
+    before, block, behind = share.split(text)
+    assert before + block + behind == text
+    assert before.endswith("\n\n")
+    assert block.startswith("\n# ---- Shared: ")
+    assert behind == '\n\nif __name__ == "__main__":\n    run(main)\n'
+
+
+def test_share_copies_the_block_only():
+    share = load("tests/share")
+    end = '\n\nif __name__ == "__main__":\n    main()\n'
+    source = f"ours\n\n# ---- Shared: new ----\n\na = 1\n{end}"
+    target = f"theirs\n\n# ---- Shared: old ----\n\nb = 2\n{end}# more\n"
+    new = f"theirs\n\n# ---- Shared: new ----\n\na = 1\n{end}# more\n"
+    assert share.shared(source, target) == new
+    assert share.shared(source, new) == new
 
 
 def check(*command):
@@ -36,10 +55,9 @@ def check(*command):
 
 
 def test_ruff():
-    python = (*TOOLS, "examples/fleet/servicemap", "tests", "tests/bench")
     ruff = pathlib.Path(sys.prefix) / "bin/ruff"
-    check(ruff, "check", "--no-cache", *python)
-    check(ruff, "format", "--check", "--no-cache", *python)
+    check(ruff, "check", "--no-cache", *PYTHON, "tests")
+    check(ruff, "format", "--check", "--no-cache", *PYTHON, "tests")
 
 
 def test_shellcheck():
@@ -52,18 +70,27 @@ def test_man_page(name):
     assert check("mandoc", "-T", "lint", "-W", "warning", page) == ""
     text = (TOP / page).read_text()
     sections = re.findall(r'^\.SH "?(.*?)"?$', text, re.MULTILINE)
-    wanted = "NAME SYNOPSIS DESCRIPTION REQUIREMENTS OPTIONS EXAMPLES FIELDS JSON OVERHEAD CAVEATS,EXIT STATUS,SEE ALSO"
-    order = [section for section in sections if section in wanted]
-    assert order == wanted.replace(",EXIT STATUS,SEE ALSO", "").split() + [
-        "EXIT STATUS",
-        "SEE ALSO",
-    ]
+    wanted = (
+        *("NAME", "SYNOPSIS", "DESCRIPTION", "REQUIREMENTS", "OPTIONS", "EXAMPLES"),
+        *("FIELDS", "JSON", "OVERHEAD", "CAVEATS", "EXIT STATUS", "SEE ALSO"),
+    )
+    assert tuple(section for section in sections if section in wanted) == wanted
     for option in re.findall(r"-[a-zA-Z]\b|--[a-z]+", load(name).HELP):
         assert option.replace("-", "\\-") in text
 
 
+@pytest.mark.parametrize("name", TOOLS)
+def test_man_page_has_what_messages_refer_to(name):
+    text = (TOP / f"man/man8/{name}.8").read_text()
+    assert "\n.SH REQUIREMENTS\n" in text and "\n.SS Lost events\n" in text
+    tool = load(name)
+    assert f"see {name}(8), Lost events" in tool.LOSSES["skipped"]
+    for hint in tool.LOSSES.values():
+        assert f"events: {hint}".replace("-", "\\-") in text
+
+
 def test_modes_and_top_level():
-    for script in (*TOOLS, *SHELL, "examples/fleet/servicemap"):
+    for script in (*PYTHON, *SHELL):
         assert (TOP / script).stat().st_mode & 0o111 == 0o111
     listed = subprocess.run(
         ["git", "-c", "safe.directory=*", "ls-files"],

@@ -1,0 +1,216 @@
+"""The child process that compiles: what stays in memory, and every way to die."""
+
+import os
+import pathlib
+import re
+import resource
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import (
+    DEADLINE,
+    IPV4,
+    TOOLS,
+    TOP,
+    Worker,
+    best_method,
+    both_methods_on_oldest,
+    failures,
+    only_on,
+    probed_functions,
+)
+from test_trust import left_behind, loaded
+from traffic import connect_refused
+
+MB = 1 << 20
+on_trixie = only_on("trixie")  # for this is not about the kernel
+OPTIONS = {
+    "tcpconnect": ["-c", "--json", "-d -x -T -t -U -L"],
+    "tcpaccept": ["-q --json"],
+}
+
+
+def children(pid):
+    """PIDs of a process's children."""
+    text = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def resident_bytes(pid):
+    """VmRSS of a process and all below it."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    own = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) << 10
+    return own + sum(map(resident_bytes, children(pid)))
+
+
+@both_methods_on_oldest
+def test_memory(start, method):
+    """Before the first event: 25 MB, and 30 with -d."""
+    commands = [f"{name} {given}" for name in TOOLS for given in OPTIONS[name]]
+    tools = start(*commands, TCPTOOLS_METHOD=method)
+    taken = {
+        command: resident_bytes(tool.process.pid)
+        for command, tool in zip(commands, tools)
+    }
+    print({command: f"{size / MB:.1f} MB" for command, size in taken.items()})
+    for command, size in taken.items():
+        assert size < (30 if "-d" in command else 25) * MB, command
+
+
+def piped(name, tmpdir, **options):
+    """The process of a tool that writes to pipes, and has its files in a directory."""
+    return subprocess.Popen(
+        [TOP / name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmpdir)},
+        **options,
+    )
+
+
+@pytest.fixture
+def compiling(tmp_path):
+    """compiling(name) starts a tool; gives (process, its child) while that compiles."""
+    started = []
+
+    def start(name):
+        process = piped(name, tmp_path)
+        started.append(process)
+        while not children(process.pid):
+            assert process.poll() is None
+            time.sleep(0.01)
+        return process, children(process.pid)[0]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+    assert list(tmp_path.iterdir()) == []
+
+
+@on_trixie
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV])
+def test_a_child_that_dies(compiling, signum):
+    before = left_behind()
+    for name in TOOLS:
+        process, child = compiling(name)
+        os.kill(child, signum)
+        out, err = process.communicate(timeout=DEADLINE)
+        assert (process.returncode, out) == (1, "")
+        what = "the process that compiles the C program was killed by"
+        assert re.fullmatch(rf"{name}: error: {what} {signum.name}(: .+)?\n", err), err
+    assert left_behind() == before
+
+
+@on_trixie
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_it_compiles(compiling, signum):
+    """It ends immediately and quietly: nothing was traced yet."""
+    for name in TOOLS:
+        process, child = compiling(name)
+        process.send_signal(signum)
+        out, err = process.communicate(timeout=DEADLINE)
+        assert (process.returncode, out, err) == (0, "", "")
+        assert not pathlib.Path(f"/proc/{child}").exists()
+
+
+@on_trixie
+def test_a_signal_to_both(compiling):
+    """As from a terminal: the child leaves it to its parent."""
+    for name in TOOLS:
+        process, child = compiling(name)
+        os.kill(child, signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=DEADLINE)
+        assert (process.returncode, out, err) == (0, "", "")
+
+
+def is_running(pid):
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+@on_trixie
+def test_a_parent_that_is_killed(tmp_path, compiling):
+    """Takes its child with it. Only its directory stays."""
+    for name in TOOLS:
+        process, child = compiling(name)
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + DEADLINE
+        while is_running(child):
+            assert time.monotonic() < deadline, "the child goes on"
+            time.sleep(0.01)
+    subprocess.run(["find", tmp_path, "-mindepth", "1", "-delete"], check=True)
+
+
+def limited(which, value):
+    return lambda: resource.setrlimit(which, (value, value))
+
+
+@on_trixie
+@pytest.mark.parametrize("megabytes", [60, 120, 250, 350])
+def test_little_memory(tmp_path, megabytes):
+    """It may do or not; where not, memory is what one line names, and no package."""
+    before = loaded("prog")
+    for name in TOOLS:
+        limit = limited(resource.RLIMIT_AS, megabytes * MB)
+        process = piped(name, tmp_path, preexec_fn=limit)
+        if process.stdout.readline():
+            process.terminate()
+            assert process.wait(DEADLINE) == 0
+            continue
+        _, err = process.communicate(timeout=DEADLINE)
+        assert process.returncode == 1
+        assert re.fullmatch(rf"{name}: error: .+\n", err), err
+        assert "install" not in err
+    assert list(tmp_path.iterdir()) == []
+    assert loaded("prog") == before
+
+
+@on_trixie
+@pytest.mark.parametrize("descriptors", [5, 8, 11])
+def test_few_descriptors(descriptors):
+    """They run out in the child, on their way from it, or in what the parent opens."""
+    why = "too many open files: raise the limit with ulimit -n"
+    limit = limited(resource.RLIMIT_NOFILE, descriptors)
+    said = failures(preexec_fn=limit)
+    assert said == {name: f"{name}: error: {why}\n" for name in TOOLS}
+    assert probed_functions() & {"tcp_connect", "security_sock_graft"} == set()
+
+
+@on_trixie
+def test_a_low_soft_limit_is_raised(start):
+    """With 20 and a hard limit above, as 512 CPUs need of 1,024."""
+
+    def lower():
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (20, hard))
+
+    (tool,) = start("tcpconnect", options={"preexec_fn": lower})
+    worker = Worker(b"client", connect_refused, IPV4)
+    worker.report()
+    assert tool.method() == best_method()
+    assert len(tool.stop()) == 1
+
+
+@on_trixie
+def test_no_temporary_directory():
+    """Where all of them are read-only, in a mount namespace of its own."""
+    read_only = "; ".join(
+        f"mount -t tmpfs -o ro none {d}" for d in ("/tmp", "/var/tmp")
+    )
+    script = f'{read_only}; cd /proc; exec "$@"'
+    said = failures(
+        wrapper=("unshare", "--mount", "sh", "-c", script, "sh"),
+        env={**os.environ, "TMPDIR": "/nowhere"},
+    )
+    what = "cannot make a temporary directory"
+    for name, line in said.items():
+        assert re.fullmatch(rf"{name}: error: {what} .+: set TMPDIR\n", line)

@@ -1,0 +1,115 @@
+"""Where output goes: closed, full and non-blocking streams, and a terminal's end."""
+
+import os
+import pathlib
+import signal
+import threading
+
+import pytest
+from conftest import (
+    IPV4,
+    NOBODY6,
+    TOOLS,
+    Worker,
+    best_method,
+    failures,
+    only_at_both_ends,
+    only_on,
+    row,
+)
+from traffic import connect_nonblocking, connect_refused, lost, run_mixed_traffic
+
+on_trixie = only_on("trixie")  # for this is not about the kernel
+KPROBES_ENABLED = pathlib.Path("/sys/kernel/debug/kprobes/enabled")
+
+
+def shell(redirection):
+    """A wrapper that starts a tool from a shell, with a redirection."""
+    return ("sh", "-c", f'exec "$@" {redirection}', "sh")
+
+
+@on_trixie
+@pytest.mark.parametrize("redirection", ["2>&-", "<&-", "<&- 2>&-"])
+def test_closed_streams(start, redirection):
+    """Only rows go to stdout, and nothing of ours is taken for a stream."""
+    tools = start(*TOOLS, options={"wrapper": shell(redirection)})
+    connects, accepts = run_mixed_traffic()
+    for tool, rows in zip(tools, (connects, accepts)):
+        null = [os.readlink(f"/proc/{tool.process.pid}/fd/{n}") for n in (0, 2)]
+        assert null.count("/dev/null") >= redirection.count("&-")
+        assert tool.stop() == rows
+
+
+@on_trixie
+def test_stderr_is_full(start):
+    """What is lost cannot be said there, but in JSON it is."""
+    wrapper = shell("2>/dev/full")
+    tool, other = start("tcpconnect -b 1", "tcpaccept", options={"wrapper": wrapper})
+    tool.process.send_signal(signal.SIGSTOP)
+    Worker(b"burst", connect_nonblocking, 0, NOBODY6, 1009).report()
+    tool.process.send_signal(signal.SIGCONT)
+    assert 0 < len(tool.stop()) < 1009
+    assert other.stop() == []
+
+
+@on_trixie
+def test_stdout_is_non_blocking(start):
+    """As another process on the same pipe or terminal may make it."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    (tool,) = start("tcpconnect -b 1", options={"pipe": writer})
+    Worker(b"burst", connect_nonblocking, 0, NOBODY6, 10007).report()
+    said = []
+
+    def read():
+        with open(reader) as lines:
+            said.extend(lines)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    tool.end()
+    os.close(writer)
+    thread.join()
+    _, *rows = said
+    assert all(line.split()[1] == "burst" for line in rows)
+    assert lost(tool) > 0 and len(rows) + lost(tool) == 10007
+
+
+@on_trixie
+@pytest.mark.parametrize("options", ["", "-c"])
+def test_sighup(start, options):
+    """A closed terminal: all that was seen is printed."""
+    (tool,) = start(f"tcpconnect {options}")
+    worker = Worker(b"client", connect_refused, IPV4)
+    port = worker.report()
+    line = row(worker.pid, "client", 4, IPV4, IPV4, port)
+    flow = f"{IPV4:<16} {IPV4:<16} {port:<5} 1"
+    assert tool.stop(signal.SIGHUP) == [flow if options else line]
+
+
+@on_trixie
+def test_nohup(start):
+    """Where SIGHUP was ignored it stays so."""
+    (tool,) = start("tcpconnect", options={"wrapper": ("nohup",)})
+    tool.process.send_signal(signal.SIGHUP)
+    worker = Worker(b"client", connect_refused, IPV4)
+    port = worker.report()
+    assert tool.stop() == [row(worker.pid, "client", 4, IPV4, IPV4, port)]
+
+
+@only_at_both_ends
+def test_kprobes_disabled(start):
+    """As a whole: they would attach and see nothing. fexit does without."""
+    KPROBES_ENABLED.write_text("0")
+    try:
+        said = failures(env={**os.environ, "TCPTOOLS_METHOD": "kprobe"})
+        tools = start(*TOOLS)
+        assert [tool.method() for tool in tools] == ["fexit"] * 2
+        connects, accepts = run_mixed_traffic()
+        rows = [tool.stop() for tool in tools]
+    finally:
+        KPROBES_ENABLED.write_text("1")
+    why = f"kprobe: kprobes are disabled: write 1 to {KPROBES_ENABLED}"
+    assert said == {name: f"{name}: error: cannot trace: {why}\n" for name in TOOLS}
+    if best_method() == "fexit":
+        assert rows == [connects, accepts]
