@@ -21,6 +21,7 @@ def run_pytest(directory, *args):
             **os.environ,
             "PYTHONPATH": str(TOP / "tests"),
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "CI": "",  # with it, pytest says each failure whole a second time
         },
         capture_output=True,
         text=True,
