@@ -23,7 +23,7 @@ _tcptools() {
         -c --count -b --buffer-pages"
     local pages="1 2 4 8 16 32 64 128 256 512 1024 2048 4096 8192 16384"
     case ${1##*/} in
-    tcpconnect) options+=" -x --failed -L --lport -d --dns" ;;
+    tcpconnect) options+=" -x --failed -m --min-ms -L --lport -l --latency -d --dns" ;;
     tcpaccept) options+=" -R --rport -q --queue" ;;
     esac
     if [[ $option == = ]]; then
@@ -34,7 +34,7 @@ _tcptools() {
     -p | --pid) set -- -P "$before" -W "${pids[*]##*/}" -- "$last" ;;
     -u | --uid) set -- -P "$before" -u -- "$last" ;;
     -b | --buffer-pages) set -- -W "$pages" -- "$word" ;;
-    -P | --port) return ;;
+    -P | --port | -m | --min-ms) return ;;
     --cgroupmap | --mntnsmap)
         compopt -o default # file names, by readline
         return

@@ -45,7 +45,7 @@ def pytest_configure(config):
 
 
 # The files that say most about a kernel come first: time may run out (tests/run)
-FIRST = ("test_tools", "test_kinds", "test_failed", "test_trust", "test_names")
+FIRST = ("test_tools", "test_kinds", "test_outcomes", "test_trust", "test_names")
 
 
 @pytest.hookimpl(trylast=True)

@@ -4,6 +4,7 @@ liburing in the guests.
 
 import ctypes
 import mmap
+import socket
 import struct
 
 # Numbers of x86-64, and linux/io_uring.h.
@@ -13,6 +14,14 @@ IORING_ENTER_GETEVENTS = 1
 IORING_OP_ACCEPT, IORING_OP_CONNECT = 13, 16
 
 libc = ctypes.CDLL(None, use_errno=True)
+
+
+def sockaddr_in(address, port):
+    """An IPv4 address for Ring.run()."""
+    packed = struct.pack("=H", socket.AF_INET) + struct.pack("!H", port)
+    return ctypes.create_string_buffer(
+        packed + socket.inet_aton(address) + bytes(8), 16
+    )
 
 
 class Ring:

@@ -14,9 +14,9 @@ LONG = SHORT.replace("-p", "--pid", 1).replace("-P", "--port").replace("-u", "--
 # A column, --json and -c never go together, nor do -4 and -6: six lines are the fewest.
 LINES = {
     "tcpconnect": [
-        f"-t -T -U -L -d -x -b 64 -4 {SHORT}",
+        f"-t -T -U -L -d -x -l -m 0 -b 64 -4 {SHORT}",
         f"{LONG} --ipv6 --timestamp --time --print-uid --lport --dns --buffer-pages 32",
-        f"--json -d -b 128 -6 --failed {SHORT}",
+        f"--json -d -b 128 -6 --failed --latency --min-ms 0 {SHORT}",
         f"{LONG} --ipv4 --json --dns --buffer-pages 1024",
         f"-c -4 {SHORT}",
         f"{LONG} --ipv6 --count",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -206,6 +207,11 @@ def test_names(start, names, method):
     known = [json.loads(line) for line in lines.stop()]
     assert [line.get("query") for line in known] == [name for *_, name in found]
     assert all(("query_age_ms" in line) == ("query" in line) for line in known)
+
+
+def without_latency(text):
+    """A row without LAT(ms)."""
+    return re.sub(r"(?<= )\d+\.\d{3} +(?=\S+$)", "", text)
 
 
 def without_age(text):

@@ -17,7 +17,7 @@ import time
 
 import pytest
 from conftest import DEADLINE, IPV4, IPV6, TOOLS, Worker, row, rows_until, running
-from io_uring import IORING_OP_ACCEPT, IORING_OP_CONNECT, Ring
+from io_uring import IORING_OP_ACCEPT, IORING_OP_CONNECT, Ring, sockaddr_in
 from traffic import (
     accept_in_threads,
     connect_and_reset,
@@ -267,11 +267,7 @@ def connect_by_io_uring(port, count):
     ring = Ring()
     for _ in range(count):
         with socket.socket() as client:
-            address = (ctypes.c_uint8 * 16)(
-                *socket.AF_INET.to_bytes(2, "little"),
-                *port.to_bytes(2, "big"),
-                *socket.inet_aton(IPV4),
-            )
+            address = sockaddr_in(IPV4, port)
             assert ring.run(IORING_OP_CONNECT, client.fileno(), address) == 0
             client.recv(1)
 

@@ -13,7 +13,7 @@ import socket
 import pytest
 from conftest import IPV4, IPV6, Worker, best_method, only_on, row
 from pairs import LINES
-from test_columns import ask, without_age
+from test_columns import ask, without_age, without_latency
 from test_filters import make_map
 from test_kinds import CLONE_NEWNS
 from test_options import NOBODY
@@ -124,10 +124,11 @@ def trace(start, cgroups, bpffs, names):
 
 def timed(tool):
     """The header and the rows without TIME and TIME(s), which have their form and
-    order, and without a name's age.
+    order, and without a name's age and LAT(ms).
     """
     title, *lines = tool.out.read_text().splitlines()
-    shown = [without_age(line).split(maxsplit=2) for line in lines]
+    lines = [without_latency(without_age(line)) for line in lines]
+    shown = [line.split(maxsplit=2) for line in lines]
     for column, form in enumerate((r"\d\d:\d\d:\d\d", r"\d+\.\d{3}")):
         assert all(re.fullmatch(form, line[column]) for line in shown)
     seconds = [float(line[1]) for line in shown]
@@ -145,12 +146,16 @@ def table_row(one, last):
 
 
 def objects(tool):
-    """Without their times, which have their order, and without a name's age."""
+    """Without their times, which have their order, a name's age, and with -x and -l
+    how long it took.
+    """
     found = [json.loads(line) for line in tool.rows()]
     times = [line.pop("ts") for line in found]
     assert times == sorted(times)
     for line in found:
         assert (line.pop("query_age_ms", None) is None) == ("query" not in line)
+        is_outcome = line["event"] == "connect_failed"
+        assert (line.pop("latency_us", None) is not None) == is_outcome
     return found
 
 
@@ -183,8 +188,10 @@ def test_tcpconnect(trace):
     (table4, table6, json6, json4, count4, count6), known = trace("tcpconnect")
     failed = [one for one in known if one["error"]]
     front = "UID    PID     COMM         "
+    outcome = "IP SADDR            LPORT  DADDR            DPORT "
+    outcome += "ERR           LAT(ms)   QUERY"
     assert timed(table4) == [
-        f"{front}IP SADDR            LPORT  DADDR            DPORT ERR           QUERY",
+        f"{front}{outcome}",
         *(table_row(one, f"ECONNREFUSED  {NAMES[4]}") for one in of_ip(failed, 4)),
     ]
     assert timed(table6) == [

@@ -52,18 +52,21 @@ OWN = {
     "tcpconnect": {
         "usage": """\
                   [--cgroup PATH] [--cgroupmap PATH] [--mntnsmap PATH] [-x]
-                  [-T] [-U] [-L] [-d] [--json] [-c] [-b PAGES]""",
+                  [-m MS] [-T] [-U] [-L] [-l] [-d] [--json] [-c] [-b PAGES]""",
         "side": "destination",
         "failed": """\
   -x, --failed          trace connects that fail only, with their error
+  -m MS, --min-ms MS    trace connects that took at least MS (alone: with -l)
 """,
         "columns": """\
   -L, --lport           include LPORT, the local port, on output
+  -l, --latency         print each connect once it ended: include ERR, LAT(ms)
   -d, --dns             include QUERY, the name looked up, on output
 """,
         "flow": "source, destination and port",
         "example": """\
     ./tcpconnect -x        # only trace connects that fail
+    ./tcpconnect -l        # how each connect ended, and how long it took
 """,
     },
     "tcpaccept": {
@@ -116,7 +119,7 @@ def test_help_is_the_example_files_usage(name):
 
 def test_help_fits_a_screen(name):
     lines = help_text(name).splitlines()
-    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    assert len(lines) <= 50 and max(map(len, lines)) <= 80
 
 
 PID = "not a process ID (1 to 4194304)"
@@ -127,6 +130,7 @@ NUMBERS = [
     ("-P/--port", PORT, ["0", "65536", "http"]),
     ("-b/--buffer-pages", PAGES, ["0", "3", "32768", "\u00b2", "1,2"]),
     ("-u/--uid", "no such user", []),
+    ("-m/--min-ms", "not milliseconds (0 to 3600000)", ["3600001", "0.5", "1s"]),
 ]
 NO_NUMBERS = (
     *("no such user", "-1", "4294967295", "99999999999", "1; x", "1)return(0", ""),
@@ -196,7 +200,10 @@ def test_all_that_json_includes_is_named(name, tool, capsys):
 
 def test_all_that_count_excludes_is_named(name, tool, capsys):
     own = {
-        "tcpconnect": ("-x -d -L -T", "-T/--time, -L/--lport, -d/--dns, -x/--failed"),
+        "tcpconnect": (
+            "-x -d -l -m 0 -L -T",
+            "-T/--time, -L/--lport, -d/--dns, -x/--failed, -l/--latency, -m/--min-ms",
+        ),
         "tcpaccept": ("-q -R -T", "-T/--time, -R/--rport, -q/--queue"),
     }
     short, both = own[name]

@@ -554,7 +554,14 @@ def test_declarations_of_nothing(shared):
 
 
 OWN_OPTIONS = {
-    "tcpconnect": ["", "-c", "-x", "-d -U", "-x -d --json --mntnsmap {file}"],
+    "tcpconnect": [
+        "",
+        "-c",
+        "-x",
+        "-l -m 5",
+        "-d -U",
+        "-x -d --json --mntnsmap {file}",
+    ],
     "tcpaccept": ["", "-c", "-q", "-q --json --mntnsmap {file}"],
 }
 

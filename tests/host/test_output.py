@@ -40,14 +40,24 @@ def event(tool, pid, comm, first, second, port, *own, ts=5_000_000_000, **fields
     return tool.EVENT.unpack(tool.EVENT.pack(*values))
 
 
+def outcome(shared, connect, ended):
+    """An OUTCOME, unpacked: of an event, at a time (ns)."""
+    return shared.OUTCOME.unpack(shared.OUTCOME.pack(ended, *connect))
+
+
 def traced(maps, programs=None):
     """What start_tracing() hands over: descriptors by the names in the C program."""
     return SimpleNamespace(maps=maps, programs=programs or {})
 
 
 def rows(tool, options, events, first_ts=0, queries=None):
-    """The header and the rows of events. queries: for each, the name and its age."""
+    """The header and the rows of events. queries: for each, the name and its age.
+
+    With -x and -l events without an outcome's time get their own.
+    """
     args = parse(tool, *options.split())
+    if tool.NAME == "tcpconnect" and tool.wants_outcomes(args):
+        events = [(one[0], *one) if len(one) == 5 else one for one in events]
     names = []
     if tool.NAME == "tcpconnect":
         queried = dict(zip(events, queries or ()))
@@ -136,18 +146,79 @@ def test_every_column(name, tool, monkeypatch, utc):
 
 
 def test_errors(shared):
-    """By name, or by number where Python knows none; a dash where there is none."""
+    """By name, or by number where Python knows none; closed before an answer; a
+    question mark where the process took the errno.
+    """
     events = [
         event(shared, 7, "a", "0.0.0.0", "192.0.2.2", 80, errno.ENETUNREACH),
         event(shared, 8, "b", "2001:db8::1", "2001:db8::2", 443, 524),
-        event(shared, 9, "c", "192.0.2.1", "192.0.2.2", 65535, 0),
+        event(shared, 9, "c", "192.0.2.1", "192.0.2.2", 65535, shared.CLOSED),
+        event(shared, 10, "d", "192.0.2.1", "192.0.2.2", 65535, shared.UNKNOWN),
     ]
     assert rows(shared, "-x", events) == (
         "PID     COMM         IP SADDR            DADDR            DPORT ERR\n"
         "7       a            4  0.0.0.0          192.0.2.2        80    ENETUNREACH\n"
         "8       b            6  2001:db8::1      2001:db8::2      443   524\n"
-        "9       c            4  192.0.2.1        192.0.2.2        65535 -\n"
+        "9       c            4  192.0.2.1        192.0.2.2        65535 closed\n"
+        "10      d            4  192.0.2.1        192.0.2.2        65535 ?\n"
     )
+
+
+def test_latency(shared):
+    """-l, and -m alone: successes too, and ms between the SYN and the outcome."""
+    ends = ("192.0.2.1", "192.0.2.2", 80)
+    events = [
+        outcome(shared, event(shared, 7, "a", *ends, error, ts=5_000_000_000), ended)
+        for error, ended in (
+            (0, 5_000_012_345),
+            (errno.ETIMEDOUT, 135_123_456_789),
+            (shared.CLOSED, 5_250_000_000),
+            (errno.ENETUNREACH, 5_000_000_000),
+        )
+    ]
+    titles = "PID     COMM         IP SADDR            DADDR            DPORT "
+    front = "7       a            4  192.0.2.1        192.0.2.2        80    "
+    for options in ("-l", "-m 0", "-m 3600000"):
+        assert rows(shared, options, events) == (
+            f"{titles}ERR           LAT(ms)\n"
+            f"{front}-             0.012\n"
+            f"{front}ETIMEDOUT     130123.457\n"
+            f"{front}closed        250.000\n"
+            f"{front}ENETUNREACH   0.000\n"
+        )
+    for options in ("-x", "-x -m 5"):
+        assert rows(shared, options, events[:1]) == f"{titles}ERR\n{front}-\n"
+    name = [("a.example", 1000)]
+    titles, line = rows(shared, "-l -d -L -t", events[:1], 5e9, name).splitlines()
+    assert titles.startswith("TIME(s)   PID ")
+    assert titles.endswith(
+        "LPORT  DADDR            DPORT ERR           LAT(ms)   QUERY"
+    )
+    assert line.startswith("0.000     7  ")
+    assert line.endswith(" 80    -             0.012     a.example (1000 ms)")
+
+
+def test_json_of_outcomes(shared, monkeypatch):
+    at_a_time(monkeypatch, shared, 0, 0)
+    ends = ("192.0.2.1", "192.0.2.2", 80)
+    events = [
+        outcome(shared, event(shared, 7, "a", *ends, error, ts=5_000_000_000), ended)
+        for error, ended in (
+            (0, 5_000_012_999),
+            (errno.ETIMEDOUT, 135_123_456_789),
+            (shared.CLOSED, 5_250_000_000),
+            (shared.UNKNOWN, 5_000_000_000),
+        )
+    ]
+    for options in ("--json -l", "--json -m 5", "--json -x", "--json -x -m 5"):
+        lines = map(json.loads, rows(shared, options, events).splitlines())
+        keys = ("ts", "event", "error", "latency_us")
+        assert [tuple(map(line.get, keys)) for line in lines] == [
+            ("1970-01-01T00:00:05.000012Z", "connected", None, 12),
+            ("1970-01-01T00:02:15.123456Z", "connect_failed", "ETIMEDOUT", 130123456),
+            ("1970-01-01T00:00:05.250000Z", "connect_failed", "closed", 250000),
+            ("1970-01-01T00:00:05.000000Z", "connect_failed", None, 0),
+        ]
 
 
 def test_queries(shared):
@@ -280,7 +351,12 @@ JSON_FIELDS = {
 }
 # And those that options add at the end.
 MORE_JSON_FIELDS = {
-    "tcpconnect": {"error": str, "query": str, "query_age_ms": int},
+    "tcpconnect": {
+        "error": str,
+        "latency_us": int,
+        "query": str,
+        "query_age_ms": int,
+    },
     "tcpaccept": {"qlen": int, "qmax": int},
 }
 
@@ -333,7 +409,7 @@ def test_more_json(name, tool):
     found = [
         event(tool, 7, "a", "192.0.2.1", "192.0.2.2", 80, *own)
         for own in {
-            "tcpconnect": ((errno.ETIMEDOUT,), (0,)),
+            "tcpconnect": ((errno.ETIMEDOUT,), (0xFFFF,)),
             "tcpaccept": ((0, 128), (UNKNOWN, UNKNOWN)),
         }[name]
     ]
@@ -348,7 +424,8 @@ def test_more_json(name, tool):
     full, bare = lines.splitlines()
     assert list(types_of(full).items()) == list(more.items())
     assert some.items() <= json.loads(full).items()
-    assert list(types_of(bare).items()) == list(JSON_FIELDS.items())
+    always = {"latency_us": int} if name == "tcpconnect" else {}
+    assert list(types_of(bare).items()) == list({**JSON_FIELDS, **always}.items())
 
 
 def test_json_without_the_queue():
@@ -884,11 +961,9 @@ def test_names_are_those_at_the_time_of_the_connect(shared, names):
 
 
 def failure(shared, address, ts, failed, pid=181):
-    """A FAILURE, unpacked: a connect at one time (ns) that failed at another."""
+    """An OUTCOME, unpacked: a connect at one time (ns) that failed at another."""
     connect = event(shared, pid, "a", "192.0.2.1", address, 80, 111, ts=ts)
-    return shared.FAILURE.unpack(
-        shared.FAILURE.pack(failed, *connect[:-1], connect[-1])
-    )
+    return outcome(shared, connect, failed)
 
 
 def test_names_of_connects_that_fail(shared, monkeypatch):

@@ -11,7 +11,7 @@ REFUSED = {
     "--ipv4": ("--ipv6", "argument {other}: not allowed with argument {one}"),
     "--json": (COLUMNS, "--json already includes these: drop {other}"),
     "--count": (
-        f"{COLUMNS} --dns --queue --failed --json --buffer-pages",
+        f"{COLUMNS} --dns --queue --failed --latency --min-ms --json --buffer-pages",
         "-c/--count cannot be combined with {other}",
     ),
 }
@@ -59,11 +59,12 @@ def test_no_pair_is_missing(name, tool):
 def test_refused_pairs(name, tool):
     """One line names both, below the usage, before anything is done."""
     refused = refusals(tool)
-    assert len(refused) == {"tcpconnect": 13, "tcpaccept": 12}[name]
+    assert len(refused) == {"tcpconnect": 15, "tcpaccept": 12}[name]
     usage = tool.HELP.partition("\n\n")[0]
     for pair, error in refused.items():
         words = " ".join(sorted(pair))
-        words = words.replace("--buffer-pages", "--buffer-pages 8").split()
+        words = words.replace("--buffer-pages", "--buffer-pages 8")
+        words = words.replace("--min-ms", "--min-ms 0").split()
         done = run(name, *words)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == f"{usage}\n{name}: error: {error}\n"
