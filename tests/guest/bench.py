@@ -76,8 +76,8 @@ CONNECT_OPTIONS = {
     "-c": "-c",
     "--cgroup of others": f"--cgroup {CGROUP}",
     "--json": "--json",
-    "-x": "-x",
 }
+OUTCOMES = ("-x", "-l")
 BCC_OPTIONS = ("-p 1", "-c")
 ACCEPT_OPTIONS = {"-c": "-c", "-q": "-q"}
 ACCEPT = {
@@ -193,6 +193,20 @@ def connects(family, count=BURST, ports=(9,)):
     )
     for client in clients:
         client.close()
+    return statistics.median(took)
+
+
+def successes(family, count=BURST):
+    """Instructions of a connect that succeeds, in the median: both its sides, over
+    loopback.
+    """
+    kind, _, address = FAMILIES[family]
+    with listener(kind, address, backlog=count) as server:
+        target = server.getsockname()[:2]
+        clients = [socket.socket(kind) for _ in range(count)]
+        took = alone(lambda: [timed(client.connect, target)[1] for client in clients])
+        for client in clients:
+            client.close()
     return statistics.median(took)
 
 
@@ -437,6 +451,14 @@ def connect():
     watch_packets(tools, "tcpconnect")
 
 
+def outcomes():
+    """What is known once a connect is under way, and when it has succeeded."""
+    for name in OUTCOMES:
+        some = ours(f"tcpconnect {name}")
+        watch_kernel(some, connects, f"a connect, {name}", ["IPv4"])
+        watch_kernel(some, successes, f"a connect that succeeds, {name}", ["IPv4"])
+
+
 def accept():
     watch_kernel(ACCEPT, accepts, "an accept")
     for name, given in ACCEPT_OPTIONS.items():
@@ -470,7 +492,8 @@ def growth():
 
 
 PARTS = {
-    part.__name__: part for part in (quick, connect, accept, own_cost, starts, growth)
+    part.__name__: part
+    for part in (quick, connect, outcomes, accept, own_cost, starts, growth)
 }
 
 
