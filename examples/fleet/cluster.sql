@@ -1,10 +1,9 @@
 -- cluster.sql  The distributed variant of schema.sql: many ClickHouse servers, queried
 -- as one.
 --
--- schema.sql has made tcp_events and tcp_connections on each server, in the database
--- fleet_local. This makes tables of the same names in the database fleet, which stand
--- for all of them; insert there, and ask there. {cluster} is a macro of the servers'
--- configuration.
+-- schema.sql has made its table and views on each server, in the database fleet_local.
+-- This makes the same names in the database fleet, which stand for all servers; insert
+-- there, and query there. {cluster} is a macro of the servers' configuration.
 
 CREATE DATABASE IF NOT EXISTS fleet ON CLUSTER '{cluster}';
 
@@ -15,13 +14,37 @@ ENGINE = Distributed(
     '{cluster}', fleet_local, tcp_events, cityHash64(saddr, sport, daddr, dport)
 );
 
--- So each server can join its own, and only counts travel.
-CREATE TABLE IF NOT EXISTS fleet.tcp_connections ON CLUSTER '{cluster}'
-AS fleet_local.tcp_connections
-ENGINE = Distributed('{cluster}', fleet_local, tcp_connections);
+-- So each server can join its own. Of these, all rows travel.
+CREATE OR REPLACE VIEW fleet.tcp_connections ON CLUSTER '{cluster}' AS
+SELECT * FROM cluster('{cluster}', view(
+    SELECT * FROM fleet_local.tcp_connections(
+        since = {since:DateTime64(6, 'UTC')}, until = {until:DateTime64(6, 'UTC')}
+    )
+));
 
-CREATE VIEW IF NOT EXISTS fleet.tcp_addresses ON CLUSTER '{cluster}' AS
-SELECT if(event = 'accept', daddr, saddr) AS address, argMax(host, ts) AS host
-FROM fleet.tcp_events
-WHERE event IN ('connect', 'accept')
-GROUP BY address;
+-- Only counts travel. The query of schema.sql is here again: a server would look for
+-- the view that its own tcp_edges names in the database of the connection.
+CREATE OR REPLACE VIEW fleet.tcp_edges ON CLUSTER '{cluster}' AS
+SELECT * FROM cluster('{cluster}', view(
+    SELECT
+        is_client_known, client_host, client_comm,
+        is_server_known, server_host, server_comm,
+        dport, is_loopback,
+        is_client_known AND is_server_known AS is_matched,
+        multiIf(is_matched, '', is_client_known, client_host, server_host) AS observer,
+        multiIf(is_matched, toIPv6('::'), is_client_known, daddr, saddr) AS other,
+        if(is_matched, toDateTime(0, 'UTC'), toStartOfHour(ts)) AS hour,
+        count() AS connections, min(ts) AS first_seen, max(ts) AS last_seen
+    FROM fleet_local.tcp_connections(
+        since = {since:DateTime64(6, 'UTC')}, until = {until:DateTime64(6, 'UTC')}
+    )
+    GROUP BY ALL
+));
+
+-- A host's rows are on many servers.
+CREATE OR REPLACE VIEW fleet.tcp_addresses ON CLUSTER '{cluster}' AS
+SELECT DISTINCT * FROM cluster('{cluster}', view(
+    SELECT * FROM fleet_local.tcp_addresses(
+        since = {since:DateTime64(6, 'UTC')}, until = {until:DateTime64(6, 'UTC')}
+    )
+));

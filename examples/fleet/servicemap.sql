@@ -1,55 +1,60 @@
--- servicemap.sql  Who talks to whom: a row for each process name and port that a
--- process name connects to.
+-- servicemap.sql  Service map: a row for each process name and port that a process name
+-- connects to, from `since` on and before `until`.
 --
 -- known: "both"; "client" where the accept is missing, "server" where the connect is.
--- Of an end that is not known there is the address, and the host if a host of the fleet
--- has that address.
+--
+-- Of an end that is not known there is the address. Its host is named if exactly one
+-- host had the address in that hour, else the observer if it had it. A loopback address
+-- is the observer's.
 WITH
+    single_hosts AS
+    (
+        SELECT hour, address, any(host) AS host
+        FROM tcp_addresses(
+            since = {since:DateTime64(6, 'UTC')}, until = {until:DateTime64(6, 'UTC')}
+        )
+        GROUP BY hour, address
+        HAVING count() = 1
+    ),
     edges AS
     (
         SELECT
-            is_client_known, client_host, client_comm,
-            if(is_client_known, toIPv6('::'), saddr) AS client,
-            is_server_known, server_host, server_comm,
-            if(is_server_known, toIPv6('::'), daddr) AS server,
-            dport, is_loopback,
-            count() AS connections, min(ts) AS first_seen, max(ts) AS last_seen
-        FROM tcp_connections
-        GROUP BY ALL
+            *,
+            multiIf(
+                is_matched, '',
+                is_loopback, observer,
+                single_hosts.host != '', single_hosts.host,
+                (hour, other, observer) IN (
+                    SELECT hour, address, host
+                    FROM tcp_addresses(
+                        since = {since:DateTime64(6, 'UTC')},
+                        until = {until:DateTime64(6, 'UTC')}
+                    )
+                ), observer,
+                ''
+            ) AS other_host,
+            replaceRegexpOne(toString(other), '^::ffff:([0-9]+[.])', '\\1')
+                AS other_address
+        FROM tcp_edges(
+            since = {since:DateTime64(6, 'UTC')}, until = {until:DateTime64(6, 'UTC')}
+        ) AS edges
+        LEFT JOIN single_hosts
+            ON single_hosts.hour = edges.hour AND single_hosts.address = edges.other
     )
 SELECT
-    multiIf(
-        is_client_known, edges.client_host,
-        is_loopback, edges.server_host,
-        clients.host
-    ) AS client_host,
+    if(is_client_known, edges.client_host, other_host) AS client_host,
     edges.client_comm AS client_comm,
-    if(
-        is_client_known,
-        '',
-        replaceRegexpOne(toString(client), '^::ffff:([0-9]+[.])', '\\1')
-    ) AS client_address,
-    multiIf(
-        is_server_known, edges.server_host,
-        is_loopback, edges.client_host,
-        servers.host
-    ) AS server_host,
+    if(is_client_known, '', other_address) AS client_address,
+    if(is_server_known, edges.server_host, other_host) AS server_host,
     edges.server_comm AS server_comm,
-    if(
-        is_server_known,
-        '',
-        replaceRegexpOne(toString(server), '^::ffff:([0-9]+[.])', '\\1')
-    ) AS server_address,
+    if(is_server_known, '', other_address) AS server_address,
     dport AS port,
-    multiIf(
-        is_client_known AND is_server_known, 'both',
-        is_client_known, 'client',
-        'server'
-    ) AS known,
-    connections, first_seen, last_seen
+    multiIf(is_matched, 'both', is_client_known, 'client', 'server') AS known,
+    sum(edges.connections) AS connections,
+    min(edges.first_seen) AS first_seen,
+    max(edges.last_seen) AS last_seen
 FROM edges
-LEFT JOIN tcp_addresses AS clients ON clients.address = client
-LEFT JOIN tcp_addresses AS servers ON servers.address = server
+GROUP BY ALL
 ORDER BY
     client_host, client_comm, client_address,
     server_host, server_comm, server_address, port;

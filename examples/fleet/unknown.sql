@@ -1,27 +1,32 @@
--- unknown.sql  What crosses the boundary of the fleet: accepts whose client is no host
--- of it, and connects whose server is none.
+-- unknown.sql  Connections with peers outside the fleet, from `since` on and before
+-- `until`: accepts whose client is no host of it, and connects whose server is none.
 --
--- A host is of the fleet if a row of its own has the address. So these are external
--- hosts, or hosts whose rows are missing.
+-- An address is of the fleet if a row of a host has it as its own, in any of the hours.
+-- So these are external hosts, or hosts whose rows are missing.
 WITH
     unmatched AS
     (
         SELECT
             if(is_client_known, 'connect', 'accept') AS event,
-            if(is_client_known, client_host, server_host) AS host,
+            observer AS host,
             if(is_client_known, client_comm, server_comm) AS comm,
-            if(is_client_known, daddr, saddr) AS other,
-            dport,
-            count() AS connections, min(ts) AS first_seen, max(ts) AS last_seen
-        FROM tcp_connections
-        WHERE NOT (is_client_known AND is_server_known) AND NOT is_loopback
-        GROUP BY ALL
+            other,
+            dport AS port,
+            sum(edges.connections) AS connections,
+            min(edges.first_seen) AS first_seen,
+            max(edges.last_seen) AS last_seen
+        FROM tcp_edges(
+            since = {since:DateTime64(6, 'UTC')}, until = {until:DateTime64(6, 'UTC')}
+        ) AS edges
+        WHERE NOT is_matched AND NOT is_loopback
+        GROUP BY event, host, comm, other, port
     )
 SELECT
-    event, host, comm,
+    event, unmatched.host AS host, comm,
     replaceRegexpOne(toString(other), '^::ffff:([0-9]+[.])', '\\1') AS address,
-    dport AS port,
-    connections, first_seen, last_seen
+    port, connections, first_seen, last_seen
 FROM unmatched
-LEFT ANTI JOIN tcp_addresses ON tcp_addresses.address = other
+LEFT ANTI JOIN tcp_addresses(
+    since = {since:DateTime64(6, 'UTC')}, until = {until:DateTime64(6, 'UTC')}
+) AS addresses ON addresses.address = other
 ORDER BY event, host, comm, other, port;

@@ -73,8 +73,12 @@ def answer(events, query="servicemap"):
 
 
 def edges(events):
+    return edges_of(answer(events))
+
+
+def edges_of(rows):
     """{(client host, name, address, server host, name, address, port): connections}"""
-    return {tuple(row.values())[:7]: row["connections"] for row in answer(events)}
+    return {tuple(row.values())[:7]: row["connections"] for row in rows}
 
 
 def edge(client="web1 curl", server="db2 nginx", port=80):
@@ -144,6 +148,81 @@ def test_an_unmatched_end_has_its_hosts_name_where_the_fleet_has_its_address():
     known = {edge("db2 ssh", "web1 sshd", 22): 1}
     assert edges([*others, connect(0)]) == {**known, edge(server=f"db2 ? {DB2}"): 1}
     assert edges([*others, accept(0)]) == {**known, edge(client=f"web1 ? {WEB1}"): 1}
+
+
+DOCKER = "172.17.0.2"
+HOUR = 3_600_000_000  # µs
+
+
+def in_hour(hour, host, saddr):
+    """A matched connection of this host, which then had this address."""
+    sport = 50000 + 1000 * hour + ord(host[-1])
+    return [
+        connect(hour * HOUR, "cron", host, saddr=saddr, sport=sport, dport=25),
+        accept(hour * HOUR + 1, "mail", "mx", saddr=saddr, sport=sport, dport=25),
+    ]
+
+
+def server_hosts(events, query):
+    """{(client host, server address): server host}, of ends that are not known."""
+    return {
+        (row["client_host"], row["server_address"]): row["server_host"]
+        for row in answer(events, query)
+        if row["server_address"]
+    }
+
+
+def unmatched(query):
+    """An event for servicemap.sql or failures.sql, whose server is not known."""
+    if query == "servicemap":
+        return connect
+    return lambda at, **more: event("connect_failed", at, comm="curl", **more)
+
+
+@pytest.mark.parametrize("query", ["servicemap", "failures"])
+def test_an_address_of_several_hosts_is_the_observers_or_nobodys(query):
+    make = unmatched(query)
+    events = [
+        *in_hour(0, "docker1", DOCKER),
+        *in_hour(0, "docker2", DOCKER),
+        *(make(9, host=host, daddr=DOCKER) for host in ("web1", "docker1", "docker2")),
+    ]
+    assert server_hosts(events, query) == {
+        ("web1", DOCKER): "",
+        ("docker1", DOCKER): "docker1",
+        ("docker2", DOCKER): "docker2",
+    }
+
+
+@pytest.mark.parametrize("query", ["servicemap", "failures"])
+def test_an_address_that_moved_is_its_hosts_of_that_hour(query):
+    make = unmatched(query)
+    events = [*in_hour(0, "old", DOCKER), *in_hour(2, "new", DOCKER)]
+    events += [
+        make(hour * HOUR + 9, host=f"at{hour}", daddr=DOCKER, sport=41000)
+        for hour in range(4)
+    ]
+    assert server_hosts(events, query) == {
+        ("at0", DOCKER): "old",
+        ("at1", DOCKER): "",
+        ("at2", DOCKER): "new",
+        ("at3", DOCKER): "",
+    }
+    assert answer(events, "unknown") == []  # it is of the fleet
+
+
+def test_an_edge_of_several_hours_is_one_row():
+    events = [*in_hour(0, "db", DOCKER), *in_hour(1, "db", DOCKER)]
+    events += [
+        connect(hour * HOUR + at, daddr=DOCKER, sport=41000 + at)
+        for hour in range(2)
+        for at in range(3)
+    ]
+    [row] = [row for row in answer(events) if row["client_host"] == "web1"]
+    assert (row["server_host"], row["server_address"]) == ("db", DOCKER)
+    assert row["connections"] == 6
+    assert row["first_seen"] == "2026-11-24T10:00:00.000000Z"
+    assert row["last_seen"] == "2026-11-24T11:00:00.000002Z"
 
 
 def known(events):
@@ -295,6 +374,19 @@ def test_every_host_and_namespace_has_a_loopback_of_its_own(loopback):
     assert answer([connect(0, **here)], "unknown") == []
 
 
+@pytest.mark.parametrize("loopback", ["127.0.0.1", "127.5.5.5", "::1"])
+def test_a_failure_on_loopback_is_the_observers(loopback):
+    here = {"saddr": loopback, "daddr": loopback}
+    events = [
+        event("connect_failed", 0, "web1", "curl", error="ECONNREFUSED", **here),
+        connect(9, host="db2", **here),  # has the newest row
+        accept(10, host="db2", **here),
+    ]
+    [row] = answer(events, "failures")
+    assert (row["client_host"], row["server_host"]) == ("web1", "web1")
+    assert row["server_address"] == loopback
+
+
 def test_unknown():
     events = [
         *(connect(0), accept(1)),
@@ -360,26 +452,85 @@ def test_the_shippers_insert():
     assert len(ours) == 4
 
 
-def test_a_question_about_some_hours_reads_these_only():
+def between(events, since, until, query="servicemap"):
+    """The answer about the time between, both as hh:mm:ss of the day of BEGIN."""
+    with database(*events) as session:
+        session.query(f"SET param_since = '2026-11-24 {since}'")
+        session.query(f"SET param_until = '2026-11-24 {until}'")
+        return servicemap.ask(session, (FLEET / f"{query}.sql").read_text())
+
+
+@pytest.mark.parametrize("before, after", [(connect, accept), (accept, connect)])
+def test_a_pair_that_crosses_the_edge_of_the_time_is_one(before, after):
+    """It belongs to the connect's side of the edge."""
+    pair = [before(HOUR - 500_000), after(HOUR + 400_000)]
+    ten = edges_of(between(pair, "10:00:00", "11:00:00"))
+    eleven = edges_of(between(pair, "11:00:00", "12:00:00"))
+    assert (ten, eleven) == (
+        ({edge(): 1}, {}) if before is connect else ({}, {edge(): 1})
+    )
+
+
+def test_a_connect_that_fails_after_the_edge_of_the_time():
     events = [
-        connect(n * 3_600_000_000, sport=40000 + m)
-        for n in range(8)
-        for m in range(9000)
+        connect(HOUR - 1_000_000),
+        event("connect_failed", HOUR + 134_000_000, "web1", "curl", error="ETIMEDOUT"),
     ]
+    for since, until, failures in (
+        ("10:00:00", "11:00:00", 0),
+        ("11:00:00", "12:00:00", 1),
+    ):
+        assert between(events, since, until) == []
+        assert len(between(events, since, until, "failures")) == failures
+
+
+def test_the_time_is_exact():
+    """It begins with `since`, and ends before `until`."""
+    begin, end = 15 * 60_000_000, 3 * HOUR + 15 * 60_000_000
+    times = [begin - 1, begin, HOUR, end - 1, end]
+    events = [connect(at, sport=41000 + n) for n, at in enumerate(times)]
+    events += [
+        event("connect_failed", at, "web1", "curl", dport=81, sport=42000 + n)
+        for n, at in enumerate(times)
+    ]
+    events += [
+        {**lost("web1", 1), "ts": connect(at)["ts"], "tid": n}
+        for n, at in enumerate(times)
+    ]
+    first, last = "2026-11-24T10:15:00.000000Z", "2026-11-24T13:14:59.999999Z"
+    for query, count in (
+        ("servicemap", "connections"),
+        ("failures", "failures"),
+        ("unknown", "connections"),
+        ("lost", "events"),
+    ):
+        [row] = between(events, "10:15:00", "13:15:00", query)
+        assert (row[count], row["first_seen"], row["last_seen"]) == (3, first, last)
+
+
+def test_lines_of_a_host_without_a_clock():
+    begin = -(BEGIN - datetime.datetime(1970, 1, 1)) // datetime.timedelta(
+        microseconds=1
+    )
+    assert edges([connect(begin + 5), accept(begin + 6)]) == {edge(): 1}
+
+
+def test_a_query_about_some_hours_reads_few_others():
+    events = [connect(n * HOUR, sport=40000 + m) for n in range(8) for m in range(9000)]
     with database(*events) as session:
         session.query("OPTIMIZE TABLE tcp_events FINAL")
         count = """
-            SELECT count() AS n, min(ts) AS first, max(ts) AS last FROM tcp_connections
-            SETTINGS additional_table_filters = {
-                'tcp_events': 'toStartOfHour(ts) = toDateTime(1795521600)'
-            }"""
+            SELECT count() AS n, min(ts) AS first, max(ts) AS last
+            FROM tcp_connections(
+                since = '2026-11-24 12:00:00', until = '2026-11-24 12:30:00'
+            )"""
         hour = "2026-11-24T12:00:00.000000Z"
         assert servicemap.ask(session, count) == [
             {"n": 9000, "first": hour, "last": hour}
         ]
         plan = session.query(f"EXPLAIN indexes = 1 {count}", "TSVRaw").bytes().decode()
     read, of = re.findall(r"Granules: (\d+)/(\d+)", plan)[-1]
-    assert int(read) * 3 < int(of)
+    assert int(read) * 2 < int(of)
 
 
 CLUSTER = """
@@ -406,6 +557,8 @@ session.query(cluster.replace(" ON CLUSTER '{cluster}'", ""))
 session.query("USE fleet; SET distributed_foreground_insert = 1")
 session.query("SET input_format_skip_unknown_fields = 1")
 session.query("SET date_time_output_format = 'iso'")
+session.query("SET param_since = '2000-01-01 00:00:00'")
+session.query("SET param_until = '2100-01-01 00:00:00'")
 rows = pathlib.Path(lines).read_text()
 session.query(f"INSERT INTO tcp_events FORMAT JSONEachRow {rows}")
 for name in ("servicemap", "failures", "unknown", "lost"):
