@@ -3,7 +3,7 @@
 -- For one ClickHouse server, for chdb, and for each server of a cluster; there,
 -- cluster.sql puts them together.
 
--- A row is a line of tcpconnect --json, tcpconnect -x --json or tcpaccept --json,
+-- A row is a line of tcpconnect --json, with or without -x or -l, or tcpaccept --json,
 -- inserted as it is (FORMAT JSONEachRow). The client's side comes first in all of them.
 -- An IPv4 address is kept as the IPv6 address that it maps to (::ffff:192.0.2.7).
 --
@@ -15,7 +15,8 @@ CREATE TABLE IF NOT EXISTS tcp_events
 (
     ts      DateTime64(6, 'UTC') CODEC(Delta, ZSTD),
     host    LowCardinality(String),
-    event   LowCardinality(String),     -- connect, accept, connect_failed or lost
+    event   LowCardinality(String),     -- connect, connected (with -l), accept,
+                                        -- connect_failed or lost
     pid     UInt32 CODEC(ZSTD),
     tid     UInt32 CODEC(ZSTD),
     uid     UInt32 CODEC(ZSTD),
@@ -26,7 +27,10 @@ CREATE TABLE IF NOT EXISTS tcp_events
     dport   UInt16 CODEC(ZSTD),
     netns   UInt32 CODEC(ZSTD),
     cgroup  UInt64 CODEC(ZSTD),
-    error   LowCardinality(String),     -- of connect_failed: the errno's name, or ''
+    error   LowCardinality(String),     -- of connect_failed: the errno's name, closed
+                                        -- or ''
+    latency_us UInt32 CODEC(ZSTD),      -- of connected and connect_failed: so long
+                                        -- before ts the first packet left
     query   LowCardinality(String),     -- with -d: the name that was looked up
     count   UInt64 CODEC(ZSTD),         -- of lost: how many events
     reason  LowCardinality(String),     -- of lost: buffer_full, table_full or skipped
@@ -73,15 +77,19 @@ WITH
     events AS
     (
         SELECT
-            ts AS event_ts, toUnixTimestamp64Micro(ts) AS time,
-            host, event, pid, comm, saddr, sport, daddr, dport, is_loopback,
+            -- connected is a connect, and has the time at which that succeeded
+            tcp_events.event = 'connected' AS is_late,
+            ts - toIntervalMicrosecond(if(is_late, latency_us, 0)) AS event_ts,
+            toUnixTimestamp64Micro(event_ts) AS time,
+            if(is_late, 'connect', tcp_events.event) AS event,
+            host, pid, comm, saddr, sport, daddr, dport, is_loopback,
             sipHash128(
                 saddr, sport, daddr, dport,
                 if(is_loopback, host, ''), if(is_loopback, netns, 0)
             ) AS flow
         FROM tcp_events FINAL
         WHERE
-            event != 'lost' AND ts >= first_ts AND ts < end_ts
+            tcp_events.event != 'lost' AND ts >= first_ts AND ts < end_ts
             -- The hours too: the table's key has these
             AND toStartOfHour(ts) >= toStartOfHour(first_ts)
             AND toStartOfHour(ts) <= toStartOfHour(end_ts)
@@ -180,7 +188,7 @@ SELECT
     host
 FROM tcp_events
 WHERE
-    event IN ('connect', 'accept') AND NOT is_loopback
+    event IN ('connect', 'connected', 'accept') AND NOT is_loopback
     AND hour >= toStartOfHour({since:DateTime64(6, 'UTC')})
     AND hour <= toStartOfHour({until:DateTime64(6, 'UTC')})
 GROUP BY hour, address, host;

@@ -353,6 +353,25 @@ def test_a_connect_that_failed_is_no_edge():
     assert rows[0]["last_seen"] == "2026-11-24T10:00:00.000800Z"
 
 
+def test_connects_that_are_known_once_they_succeeded():
+    """tcpconnect -l: connected is a connect at the time at which its SYN left."""
+    connected = event("connected", 190_000_000, "web1", "curl", latency_us=189_999_000)
+    events = [connected, accept(2_000)]
+    [row] = answer(events)
+    assert (row["known"], row["connections"]) == ("both", 1)
+    assert row["first_seen"] == "2026-11-24T10:00:00.001000Z"
+    assert edges([connected, accept(189_999_999)]) == {
+        edge(server=f"db2 ? {DB2}"): 1,
+        edge(client=f"web1 ? {WEB1}"): 1,
+    }
+    given_up = event(
+        "connect_failed", 9, "web1", "curl", error="closed", latency_us=1_000_000
+    )
+    assert edges([given_up]) == {}
+    [row] = answer([given_up], "failures")
+    assert (row["error"], row["failures"]) == ("closed", 1)
+
+
 @pytest.mark.parametrize("loopback", ["127.0.0.1", "127.5.5.5", "::1"])
 def test_every_host_and_namespace_has_a_loopback_of_its_own(loopback):
     here = {"saddr": loopback, "daddr": loopback}
