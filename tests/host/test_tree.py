@@ -92,6 +92,12 @@ def test_man_page(name):
         assert option.replace("-", "\\-") in text
 
 
+def test_readme_is_short_and_narrow():
+    lines = (TOP / "README.md").read_text().splitlines()
+    assert len(lines) < 150
+    assert [x for x in lines if len(x) > 88 and not x.startswith("|")] == []
+
+
 @pytest.mark.parametrize("name", TOOLS)
 def test_man_page_has_what_messages_refer_to(name):
     text = (TOP / f"man/man8/{name}.8").read_text()
