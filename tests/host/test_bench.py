@@ -1,5 +1,5 @@
-"""tests/bench: the table that it prints, and what the README and the man pages say of
-it.
+"""tests/bench: the table that it prints, and what BENCHMARKS.md, the README and the man
+pages say of it.
 """
 
 import re
@@ -104,8 +104,12 @@ def test_quick(request):
     assert versions(done.stdout).endswith("; QEMU counts the instructions.")
 
 
-def test_the_readmes_table():
-    figures = parse((TOP / "README.md").read_text())
+def benchmarks():
+    return (TOP / "tests/BENCHMARKS.md").read_text()
+
+
+def test_the_benchmarks_table():
+    figures = parse(benchmarks())
     for tools in figures.values():
         for middle, least, most, ratio in tools.values():
             assert least <= middle <= most
@@ -113,15 +117,51 @@ def test_the_readmes_table():
                 assert ratio == pytest.approx(middle / tools["bcc's"][0], abs=0.01)
 
 
-@pytest.mark.parametrize("name", ["tcpconnect", "tcpaccept"])
-def test_the_man_pages_figures_are_those_of_the_readme(name):
-    """Their lines have the medians of fexit, kprobe and bcc's; - for none."""
+def test_the_readmes_figures_are_those_of_the_benchmarks():
+    """Its table has medians of the same rows; its picture those of two, and one
+    character per thousand; its rule of thumb is their product.
+    """
+    figures = parse(benchmarks())
     readme = (TOP / "README.md").read_text()
-    figures = parse(readme)
+    overhead = readme.partition("\n## Overhead\n")[2].partition("\n## ")[0]
+    lines = re.findall(r"^\|(.*)\|$", overhead, re.MULTILINE)
+    (_, *tools), _, *rows = ([c.strip() for c in x.split("|")] for x in lines)
+    tools[0] = tools[0].removeprefix("ours: ")
+    assert tools == ["fexit", "libbpf-tools'", "bcc's", "bpftrace's", "tcpdump"]
+    assert len(rows) == 4
+    for figure, *cells in rows:
+        medians = figures.get(figure) or figures[figure.partition(" (")[0]]
+        assert [c and number(c) for c in cells] == [
+            medians[tool][0] if tool in medians else "" for tool in tools
+        ]
+    bar = r"^(?:ours: )?(\S+) +(-+)(#+) +([\d,]+) \+ +([\d,]+)$"
+    picture = re.findall(bar, overhead, re.MULTILINE)
+    assert [tool for tool, *_ in picture] == tools
+    for tool, kernel, own, *medians in picture:
+        rows = ("a connect, IPv4", "tcpconnect, own cost, batches of 20")
+        assert [number(m) for m in medians] == [figures[r][tool][0] for r in rows]
+        drawn = len(kernel) * 1000, len(own) * 1000
+        assert drawn == pytest.approx([number(m) for m in medians], abs=500)
+    kernel, own, total = re.search(
+        r"\(([\d,]+) \+ ([\d,]+)\) = ([\d.]+) million", overhead
+    ).groups()
+    assert number(kernel) == figures["a connect, IPv4"]["fexit"][0]
+    assert number(own) == figures["tcpconnect, own cost, 1,000 per second"]["fexit"][0]
+    assert float(total) == pytest.approx(
+        (number(kernel) + number(own)) / 1000, abs=0.05
+    )
+
+
+@pytest.mark.parametrize("name", ["tcpconnect", "tcpaccept"])
+def test_the_man_pages_figures_are_those_of_the_benchmarks(name):
+    """Their lines have the medians of fexit, kprobe and bcc's; - for none."""
+    figures = parse(benchmarks())
     text = (TOP / f"man/man8/{name}.8").read_text().replace("\\-", "-")
     overhead = text[text.index(".SH OVERHEAD") : text.index(".SH CAVEATS")]
-    assert versions(readme).partition(";")[0] in overhead.replace("\n", " ")
-    lines = re.findall(r"^    (\S.*?)  +(\S+)  +(\S+)  +(\S+)$", overhead, re.MULTILINE)
+    for what in ("Linux", "python3-bpfcc"):
+        version = re.search(rf"{what} [^\s,]+", versions(benchmarks())).group()
+        assert version in overhead.replace("\n", " ")
+    lines = re.findall(r"^  (\S.*?)  +(\S+)  +(\S+)  +(\S+)$", overhead, re.MULTILINE)
     titles, *rows = lines
     assert titles[1:] == ("fexit", "kprobe", "bcc's")
     assert len(rows) >= 10

@@ -70,19 +70,41 @@ def test_man_page(name):
     assert check("mandoc", "-T", "lint", "-W", "warning", page) == ""
     text = (TOP / page).read_text()
     sections = re.findall(r'^\.SH "?(.*?)"?$', text, re.MULTILINE)
+    # The order of man-pages(7)
     wanted = (
-        *("NAME", "SYNOPSIS", "DESCRIPTION", "REQUIREMENTS", "OPTIONS", "EXAMPLES"),
-        *("FIELDS", "JSON", "OVERHEAD", "CAVEATS", "EXIT STATUS", "SEE ALSO"),
+        *(
+            "NAME",
+            "SYNOPSIS",
+            "DESCRIPTION",
+            "OPTIONS",
+            "FIELDS",
+            "JSON",
+            "EXIT STATUS",
+        ),
+        *("DIAGNOSTICS", "ENVIRONMENT", "FILES", "REQUIREMENTS", "OVERHEAD", "CAVEATS"),
+        *("NOTES", "EXAMPLES", "COPYRIGHT", "SEE ALSO"),
     )
-    assert tuple(section for section in sections if section in wanted) == wanted
+    assert tuple(sections) == wanted
+    rendered = check("mandoc", "-T", "ascii", "-O", "width=80", page)
+    rendered = re.sub(".\b", "", rendered)  # overstrikes: bold and underlined
+    assert [line for line in rendered.splitlines() if len(line) > 80] == []
     for option in re.findall(r"-[a-zA-Z]\b|--[a-z]+", load(name).HELP):
         assert option.replace("-", "\\-") in text
+
+
+def test_readme_is_short_and_narrow():
+    lines = (TOP / "README.md").read_text().splitlines()
+    assert len(lines) < 150
+    assert [x for x in lines if len(x) > 88 and not x.startswith("|")] == []
 
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_man_page_has_what_messages_refer_to(name):
     text = (TOP / f"man/man8/{name}.8").read_text()
-    assert "\n.SH REQUIREMENTS\n" in text and "\n.SS Lost events\n" in text
+    source = (TOP / name).read_text()
+    sections = set(re.findall(r"\{NAME\}\(8\), (\w[\w ]*)", source))
+    assert {"REQUIREMENTS", "Lost events", "Permission"} <= sections
+    assert sections <= set(re.findall(r"^\.S[HS] (.*)", text, re.MULTILINE))
     tool = load(name)
     assert f"see {name}(8), Lost events" in tool.LOSSES["skipped"]
     for hint in tool.LOSSES.values():
