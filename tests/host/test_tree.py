@@ -92,6 +92,21 @@ def test_man_page(name):
         assert option.replace("-", "\\-") in text
 
 
+def test_version_is_the_same():
+    """In scripts, pages, examples, and as the newest of the CHANGELOG."""
+    version = load("tcpconnect").VERSION
+    assert re.fullmatch(r"20\d\d\.\d\d\.\d\d", version)
+    for name in TOOLS:
+        assert load(name).VERSION == version
+        first, *_ = (TOP / f"man/man8/{name}.8").read_text().splitlines()
+        footer = f'"tcptools {version}" "System Manager\'s Manual"'
+        assert re.fullmatch(rf'\.TH {name} 8 "\d{{4}}-\d\d-\d\d" {footer}', first)
+        text = (TOP / f"examples/{name}_example.txt").read_text()
+        assert f"\n# ./{name} -V\n{name} {version}\n" in text
+    changes = (TOP / ".github/CHANGELOG.md").read_text()
+    assert re.findall(r"^## (.*)", changes, re.MULTILINE)[0] == version
+
+
 def test_readme_is_short_and_narrow():
     lines = (TOP / "README.md").read_text().splitlines()
     assert len(lines) < 150
