@@ -14,6 +14,7 @@ SHELL = (
     "tests/vm",
     "tests/install",
     ".ci/run",
+    ".packaging/deb",
     "examples/demo",
 )
 # Python without .py, which ruff does not find by itself.
