@@ -18,9 +18,9 @@
 _tcptools() {
     local word=${2#=} option=$3 pids=(/proc/[0-9]*)
     local before=${word%"${word##*,}"} last=${word##*,} # of a list
-    local options="-h --help -t --timestamp -p --pid -P --port -4 --ipv4 -6 --ipv6
-        -u --uid --cgroup --cgroupmap --mntnsmap -T --time -U --print-uid --json
-        -c --count -b --buffer-pages"
+    local options="-h --help -V --version -t --timestamp -p --pid -P --port -4 --ipv4
+        -6 --ipv6 -u --uid --cgroup --cgroupmap --mntnsmap -T --time -U --print-uid
+        --json -c --count -b --buffer-pages"
     local pages="1 2 4 8 16 32 64 128 256 512 1024 2048 4096 8192 16384"
     case ${1##*/} in
     tcpconnect) options+=" -x --failed -m --min-ms -L --lport -l --latency -d --dns" ;;

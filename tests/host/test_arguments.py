@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 # The seed's text, and what has been added since.
 HELP = """\
-usage: {name} [-h] [-t] [-p PID] [-P PORT] [-4 | -6] [-u UID]
+usage: {name} [-h] [-V] [-t] [-p PID] [-P PORT] [-4 | -6] [-u UID]
 {usage}
 
 Trace TCP {what}s
 
 optional arguments:
   -h, --help            show this help message and exit
+  -V, --version         show version and exit
   -t, --timestamp       include timestamp on output
   -p PID, --pid PID     trace this PID only
 
@@ -100,6 +101,16 @@ def no_bcc(tmp_path):
 def test_help_is_the_seeds(name, no_bcc, option):
     done = run(name, option, env=no_bcc)
     assert (done.returncode, done.stdout, done.stderr) == (0, help_text(name), "")
+
+
+@pytest.mark.parametrize("option", ["-V", "--version"])
+def test_version(name, tool, no_bcc, option):
+    """Without root, too; and no other option matters, as with -h."""
+    nobody = {"user": 65534, "group": 65534} if os.geteuid() == 0 else {}
+    for arguments in ([option], ["-t", option, "--no-such-option"]):
+        done = run(name, *arguments, env={**no_bcc, "TCPTOOLS_METHOD": "foo"}, **nobody)
+        wanted = f"{name} {tool.VERSION}\n"
+        assert (done.returncode, done.stdout, done.stderr) == (0, wanted, "")
 
 
 def test_the_example_file_shows_each_option(name, tool):

@@ -18,10 +18,13 @@ REFUSED = {
 
 
 def option_names(tool):
-    """All options in the help but --help, each as a list of its names: -p, --pid."""
+    """All options in the help, each as a list of its names: -p, --pid.
+
+    But not those that print something and exit, whatever else is given.
+    """
     lines = re.findall(r"^  (-.+?)(?:  |$)", tool.HELP, re.MULTILINE)
     names = [re.findall(r"(?<!\S)--?\w[\w-]*", line) for line in lines]
-    return [spellings for spellings in names if "--help" not in spellings]
+    return [of_one for of_one in names if of_one[-1] not in ("--help", "--version")]
 
 
 def long_names(tool):

@@ -38,6 +38,7 @@ def test_stdin_closed(name):
     assert shell(name, "<&-", "-h") == shell(name, "", "-h")
 
 
-def test_help_on_a_full_disk(name):
+@pytest.mark.parametrize("option", ["-h", "-V"])
+def test_what_exits_at_once_on_a_full_disk(name, option):
     line = f"{name}: error: cannot write: No space left on device\n"
-    assert shell(name, ">/dev/full", "-h") == (1, "", line)
+    assert shell(name, ">/dev/full", option) == (1, "", line)

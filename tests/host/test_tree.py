@@ -14,6 +14,7 @@ SHELL = (
     "tests/vm",
     "tests/install",
     ".ci/run",
+    ".packaging/deb",
     "examples/demo",
 )
 # Python without .py, which ruff does not find by itself.
@@ -90,6 +91,21 @@ def test_man_page(name):
     assert [line for line in rendered.splitlines() if len(line) > 80] == []
     for option in re.findall(r"-[a-zA-Z]\b|--[a-z]+", load(name).HELP):
         assert option.replace("-", "\\-") in text
+
+
+def test_version_is_the_same():
+    """In scripts, pages, examples, and as the newest of the CHANGELOG."""
+    version = load("tcpconnect").VERSION
+    assert re.fullmatch(r"20\d\d\.\d\d\.\d\d", version)
+    for name in TOOLS:
+        assert load(name).VERSION == version
+        first, *_ = (TOP / f"man/man8/{name}.8").read_text().splitlines()
+        footer = f'"tcptools {version}" "System Manager\'s Manual"'
+        assert re.fullmatch(rf'\.TH {name} 8 "\d{{4}}-\d\d-\d\d" {footer}', first)
+        text = (TOP / f"examples/{name}_example.txt").read_text()
+        assert f"\n# ./{name} -V\n{name} {version}\n" in text
+    changes = (TOP / ".github/CHANGELOG.md").read_text()
+    assert re.findall(r"^## (.*)", changes, re.MULTILINE)[0] == version
 
 
 def test_readme_is_short_and_narrow():
