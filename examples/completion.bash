@@ -11,10 +11,10 @@
 #     sudo install -m 644 examples/completion.bash $directory/tcpconnect
 #     sudo ln -s tcpconnect $directory/tcpaccept
 #
-# Behind `sudo`, that package is needed.
+# Completion after `sudo` also needs that package.
 
-# bash gives the command, the word to complete and the word before it. --pid=18 is three
-# words.
+# Arguments: the command, the current word, the previous word. bash splits --pid=18 into
+# three words.
 _tcptools() {
     local word=${2#=} option=$3 pids=(/proc/[0-9]*)
     local before=${word%"${word##*,}"} last=${word##*,} # of a list
