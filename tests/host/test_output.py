@@ -428,6 +428,15 @@ def test_more_json(name, tool):
     assert list(types_of(bare).items()) == list({**JSON_FIELDS, **always}.items())
 
 
+def test_json_query_is_of_its_own_row(shared):
+    """None where nothing was looked up, after a row that has one."""
+    found = [event(shared, pid, "a", "192.0.2.1", "192.0.2.2", 80) for pid in (7, 8)]
+    for options in ("--json -d", "--json -d -l"):
+        lines = rows(shared, options, found, 0, [("example.com", 4217), None])
+        queries = [json.loads(line).get("query") for line in lines.splitlines()]
+        assert queries == ["example.com", None]
+
+
 def test_json_without_the_queue():
     tool = load("tcpaccept")
     found = [event(tool, 7, "a", "192.0.2.1", "192.0.2.2", 80, 0, 0)]
