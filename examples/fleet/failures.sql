@@ -1,5 +1,5 @@
 -- failures.sql  Failed connects, by destination and error, from `since` on and before
--- `until`: the rows of tcpconnect -x.
+-- `until`: the rows of tcpconnect -x, and the failures of tcpconnect -l.
 --
 -- server_host: the host that has the address, found as in servicemap.sql.
 WITH

@@ -33,7 +33,8 @@ CREATE TABLE IF NOT EXISTS tcp_events
                                         -- before ts the first packet left
     query   LowCardinality(String),     -- with -d: the name that was looked up
     count   UInt64 CODEC(ZSTD),         -- of lost: how many events
-    reason  LowCardinality(String),     -- of lost: buffer_full, table_full or skipped
+    reason  LowCardinality(String),     -- of lost: buffer_full, cpu_offline,
+                                        -- table_full or skipped
     is_loopback Bool ALIAS
         saddr = toIPv6('::1')
         OR saddr BETWEEN toIPv6('127.0.0.0') AND toIPv6('127.255.255.255')
