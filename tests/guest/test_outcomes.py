@@ -1,5 +1,5 @@
 """-x and -l: how connects end, immediately or later, with fexit and with kprobes,
-against what the clients were told.
+against the errors that the clients got.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ from test_kinds import accept_fast_open
 from traffic import (
     LINGER_0,
     MAPPED,
+    closed_port,
     connect_and_reset,
     connect_refused,
     listener,
@@ -308,7 +309,7 @@ def give_up(family, address):
 
 
 def give_up_in_time(address):
-    """As with curl --connect-timeout: the program is told by its own clock only."""
+    """As with curl --connect-timeout: only the program's own clock ends it."""
     with socket.socket() as client, contextlib.suppress(OSError):
         client.settimeout(0.1)
         client.connect((address, 80))
@@ -403,12 +404,6 @@ def test_success(expect, blocking):
     )
 
 
-def closed_port():
-    """One where nobody listens."""
-    with listener(socket.AF_INET, IPV4) as closed:
-        return closed.getsockname()[1]
-
-
 def connect_again(closed, port):
     """With the same socket, after a failure, which poll() and SO_ERROR report."""
     with socket.socket() as client:
@@ -419,7 +414,7 @@ def connect_again(closed, port):
 
 def test_connected_again(expect):
     server = listener(socket.AF_INET, IPV4)
-    port, closed = server.getsockname()[1], closed_port()
+    port, closed = server.getsockname()[1], closed_port(IPV4)
     acceptor = Worker(b"server", serve, [server], 1)
     client = Worker(b"client", connect_again, closed, port)
     client.report()
@@ -457,7 +452,7 @@ def connect_by_io_uring(ports):
 
 def test_io_uring(expect):
     server = listener(socket.AF_INET, IPV4)
-    port, closed = server.getsockname()[1], closed_port()
+    port, closed = server.getsockname()[1], closed_port(IPV4)
     worker = Worker(b"client", connect_by_io_uring, [port, closed, port])
     assert worker.report() == [0, -errno.ECONNREFUSED, 0]
     rows = [
@@ -564,51 +559,6 @@ def test_10007_under_way(expect):
     )
 
 
-@only_on("trixie")
-def test_still_under_way(start):
-    """7 have no outcome when the tool ends, and are no rows."""
-    (tool,) = start("tcpconnect -m 0", TCPTOOLS_METHOD=best_method())
-    with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(socket.socket()) for _ in range(18)]
-        for client, port in zip(clients, PORTS):
-            start_connect(client, (NOBODY4, port))
-        for client in clients[7:]:
-            client.close()
-        assert len(tool.stop()) == 11
-    assert tool.complaints() == ["tcpconnect: 7 connects were still under way"]
-
-
-@only_on("sid")
-def test_min_ms(start, delay):
-    """-m alone and with -x: what took at least that long, and no other."""
-    commands = ("tcpconnect -m 60", "tcpconnect -x -l -m 60", "tcpconnect -x -m 0")
-    tools = start(*commands)
-    server = listener(socket.AF_INET, IPV4)
-    port, closed = server.getsockname()[1], closed_port()
-    outcomes = [
-        (ROUTER, 81, errno.ECONNREFUSED),
-        (IPV4, closed, errno.ECONNREFUSED),
-        (NO_ROUTE4, 9, errno.ENETUNREACH),
-        (IPV4, port, 0),
-        (ROUTER, 82, errno.ECONNREFUSED),
-    ]
-    worker = Worker(b"client", measure, outcomes)
-    took = worker.report()
-    sources = ["198.18.0.1", IPV4, "0.0.0.0", IPV4, "198.18.0.1"]
-    rows = [
-        ended_row(worker, 4, source, host, to, errno.errorcode.get(error, "-"))
-        for source, (host, to, error) in zip(sources, outcomes)
-    ]
-    fast = [line for line, ms in zip(rows, took) if ms < 60]  # in a slow guest, fewer
-    slow, slow_failures, failures = (tool.stop() for tool in tools)
-    assert failures == [*rows[:3], rows[4]]
-    for lines in (slow, slow_failures):
-        found = dict(map(shown, lines))
-        assert min(found.values()) >= 60
-        assert {rows[0], rows[4]} <= set(found) <= set(rows) - set(fast)
-    assert all(not shown(line)[0].endswith(" -") for line in slow_failures)
-
-
 def hand_over(client):
     """Start a connect and leave its outcome to another process."""
     start_connect(client, (NOBODY4, 7))
@@ -645,3 +595,52 @@ def test_in_tcp_connect(expect):
     worker = Worker(b"client", connect_without_key)
     assert worker.report() == errno.EKEYREJECTED
     expect([ended_row(worker, 4, "0.0.0.0", IPV4, 9, "EKEYREJECTED")])
+
+
+# The last two: what they do is seen by the tools of expect(), too, which does not wait
+# for it.
+
+
+@only_on("trixie")
+def test_still_under_way(start):
+    """7 have no outcome when the tool ends, and are no rows."""
+    (tool,) = start("tcpconnect -m 0", TCPTOOLS_METHOD=best_method())
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.socket()) for _ in range(18)]
+        for client, port in zip(clients, PORTS):
+            start_connect(client, (NOBODY4, port))
+        for client in clients[7:]:
+            client.close()
+        assert len(tool.stop()) == 11
+    assert tool.complaints() == ["tcpconnect: 7 connects were still under way"]
+
+
+@only_on("sid")
+def test_min_ms(start, delay):
+    """-m alone and with -x: what took at least that long, and no other."""
+    commands = ("tcpconnect -m 60", "tcpconnect -x -l -m 60", "tcpconnect -x -m 0")
+    tools = start(*commands)
+    server = listener(socket.AF_INET, IPV4)
+    port, closed = server.getsockname()[1], closed_port(IPV4)
+    outcomes = [
+        (ROUTER, 81, errno.ECONNREFUSED),
+        (IPV4, closed, errno.ECONNREFUSED),
+        (NO_ROUTE4, 9, errno.ENETUNREACH),
+        (IPV4, port, 0),
+        (ROUTER, 82, errno.ECONNREFUSED),
+    ]
+    worker = Worker(b"client", measure, outcomes)
+    took = worker.report()
+    sources = ["198.18.0.1", IPV4, "0.0.0.0", IPV4, "198.18.0.1"]
+    rows = [
+        ended_row(worker, 4, source, host, to, errno.errorcode.get(error, "-"))
+        for source, (host, to, error) in zip(sources, outcomes)
+    ]
+    fast = [line for line, ms in zip(rows, took) if ms < 60]  # in a slow guest, fewer
+    slow, slow_failures, failures = (tool.stop() for tool in tools)
+    assert failures == [*rows[:3], rows[4]]
+    for lines in (slow, slow_failures):
+        found = dict(map(shown, lines))
+        assert min(found.values()) >= 60
+        assert {rows[0], rows[4]} <= set(found) <= set(rows) - set(fast)
+    assert all(not shown(line)[0].endswith(" -") for line in slow_failures)

@@ -215,10 +215,15 @@ def connect_often(address, port, count):
             client.recv(1)
 
 
+def closed_port(address):
+    """One where nobody listens."""
+    with listener(socket.AF_INET, address) as closed:
+        return closed.getsockname()[1]
+
+
 def connect_refused(address):
     """Connect to a port where nobody listens; the port."""
-    with listener(socket.AF_INET, address) as closed:
-        port = closed.getsockname()[1]
+    port = closed_port(address)
     with socket.socket() as client:
         assert client.connect_ex((address, port)) == errno.ECONNREFUSED
     return port
