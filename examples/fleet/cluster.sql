@@ -2,7 +2,7 @@
 -- as one.
 --
 -- schema.sql has made its table and views on each server, in the database fleet_local.
--- This makes the same names in the database fleet, which stand for all servers; insert
+-- This makes the same names in the database fleet, which cover all servers; insert
 -- there, and query there. {cluster} is a macro of the servers' configuration.
 
 CREATE DATABASE IF NOT EXISTS fleet ON CLUSTER '{cluster}';
