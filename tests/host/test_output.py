@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import struct
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -123,6 +124,7 @@ def utc(monkeypatch, shared):
 def at_a_time(monkeypatch, tool, monotonic, wall):
     monkeypatch.setattr(tool.time, "monotonic_ns", lambda: monotonic)
     monkeypatch.setattr(tool.time, "time_ns", lambda: wall)
+    monkeypatch.setattr(tool.time, "clock_gettime_ns", {time.CLOCK_REALTIME: wall}.get)
 
 
 def test_every_column(name, tool, monkeypatch, utc):
@@ -604,11 +606,38 @@ def test_kernel_time(shared, monkeypatch, tmp_path, text, offset_ms):
     opened = lambda path: files[path].open()
     monkeypatch.setattr(shared, "open", opened, raising=False)
     monkeypatch.setattr(shared.time, "monotonic_ns", lambda: 70_000 * MS)
-    monkeypatch.setattr(shared.time, "time_ns", lambda: 90_000 * MS)
+    wall = {time.CLOCK_REALTIME: 90_000 * MS}
+    monkeypatch.setattr(shared.time, "clock_gettime_ns", wall.get)
     shared.namespace_offset.cache_clear()
     assert shared.kernel_time() == (70_000 - offset_ms) * MS
     assert shared.boot_time() == (20_000 + offset_ms) * MS
     shared.namespace_offset.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("waits", "readings"),  # ms before and after the wall clock is read
+    [
+        ([(0, 0)], 1),
+        ([(0, 70), (30, 0), (0, 0), (0, 0)], 3),
+        ([(0, 9)] + [(9, 0)] * 3 + [(3, 0)] + [(0, 9)] * 6, 10),
+    ],
+)
+def test_clocks_are_read_together(shared, monkeypatch, waits, readings):
+    """A wait for a CPU between two clocks shifts no event by more than it must."""
+    now, to_come = [0], iter(waits)
+
+    def read_wall(_clock):
+        before, after = next(to_come)
+        now[0] += before * MS
+        wall = now[0] + 5_000 * MS
+        now[0] += after * MS
+        return wall
+
+    monkeypatch.setattr(shared.time, "monotonic_ns", lambda: now[0])
+    monkeypatch.setattr(shared.time, "clock_gettime_ns", read_wall)
+    shift = shared.ahead_of_monotonic(time.CLOCK_REALTIME) - 5_000 * MS
+    assert shift == min(waits[:readings], key=sum)[0] * MS
+    assert len(list(to_come)) == len(waits) - readings
 
 
 class Counters:
