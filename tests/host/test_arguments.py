@@ -782,7 +782,7 @@ def test_ebpf_prints_the_program(name, tool):
     assert "READS(" not in done.stdout
     bare = run(name, "--ebpf", "-t", "-T", "-b", "8").stdout
     assert "#define FILTER" not in bare
-    structs = {"event_t": tool.EVENT, "flow_t": tool.FLOW}
+    structs = {"event_t": tool.structs(parse(tool))["event_t"]}
     assert bare.endswith(
         "".join(
             f"_Static_assert(sizeof(struct {name}) == {record.size}, "

@@ -280,9 +280,8 @@ def test_as_many_lost_records_as_fill_a_whole_event(shared):
 
 def test_records_of_the_tools_events(tool):
     """The kernel pads a record to 8 bytes; a sample's size of 4 bytes is in it."""
-    events = [tool.EVENT]
-    events += [tool.OUTCOME, tool.RESPONSE] if tool.NAME == "tcpconnect" else []
-    for event in events:
+    sizes = [tool.structs(parse(tool, *options)) for options in ([], ["--json"])]
+    for event in (event for of_one in sizes for event in of_one.values()):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tool, "online_cpus", lambda: ())
             record = tool.Buffers(71, event, PAGES, Poll()).record

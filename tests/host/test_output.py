@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 CGROUP, NETNS = 5251, 4026531840
 ROW = struct.Struct("=H16s16sIIIIQ16s")
+PROCESS = struct.pack("=16sI16s4x", b"java\0left over", 71, b"systemd")  # with --json
+PATH = "/system.slice/docker-" + "3f2a9c41d0b7" + "0" * 52 + ".scope"
 UNKNOWN = 0xFFFFFFFF  # a queue
 
 
@@ -38,12 +40,14 @@ def event(tool, pid, comm, first, second, port, *own, ts=5_000_000_000, **fields
     else:
         own = (0, *(own or (0, 0)))
     values = ts, fields.get("other_port", 0), *own, port, ROW.pack(*ends, *ids)
-    return tool.EVENT.unpack(tool.EVENT.pack(*values))
+    record = tool.structs(parse(tool))["event_t"]
+    return record.unpack(record.pack(*values))
 
 
 def outcome(shared, connect, ended):
-    """An OUTCOME, unpacked: of an event, at a time (ns)."""
-    return shared.OUTCOME.unpack(shared.OUTCOME.pack(ended, *connect))
+    """A struct outcome_t, unpacked: of an event, at a time (ns)."""
+    record = shared.structs(parse(shared))["outcome_t"]
+    return record.unpack(record.pack(ended, *connect))
 
 
 def traced(maps, programs=None):
@@ -51,12 +55,16 @@ def traced(maps, programs=None):
     return SimpleNamespace(maps=maps, programs=programs or {})
 
 
-def rows(tool, options, events, first_ts=0, queries=None):
+def rows(tool, options, events, first_ts=0, queries=None, path=None):
     """The header and the rows of events. queries: for each, the name and its age.
 
-    With -x and -l events without an outcome's time get their own.
+    With -x and -l events without an outcome's time get their own. path: their cgroup's.
     """
     args = parse(tool, *options.split())
+    if args.json:
+        events = [(*others, row + PROCESS) for *others, row in events]
+    paths = tool.CgroupPaths()
+    paths.paths = {CGROUP: path}
     if tool.NAME == "tcpconnect" and tool.wants_outcomes(args):
         events = [(one[0], *one) if len(one) == 5 else one for one in events]
     names = []
@@ -64,9 +72,9 @@ def rows(tool, options, events, first_ts=0, queries=None):
         queried = dict(zip(events, queries or ()))
         names = [SimpleNamespace(query=queried.get) if queries else None]
     if args.json:
-        text = tool.json_rows(args, events, *names)
+        text = tool.json_rows(args, events, paths, *names)
     else:
-        text = tool.table_rows(args, events, first_ts, *names)
+        text = tool.table_rows(args, events, first_ts, paths, *names)
     return tool.header(args) + text
 
 
@@ -286,14 +294,14 @@ def test_counts(name, tool, monkeypatch):
     done, is_over = [], iter([False, False, True])
     monkeypatch.setattr(tool, "write", done.append)
     monkeypatch.setattr(tool, "poller", lambda: "poll")
-    monkeypatch.setattr(tool, "wait", lambda poll: poll == "poll" and next(is_over))
-    monkeypatch.setattr(tool, "map_items", {71: items}.get)
+    monkeypatch.setattr(tool, "wait", lambda poll, _: poll == "poll" and next(is_over))
+    monkeypatch.setattr(tool, "map_items", lambda fd, _: {71: items}[fd])
     cgroups = SimpleNamespace(check=lambda: done.append("check"))
     losses = SimpleNamespace(report=lambda: done.append("losses"))
     args = parse(tool, "-c")
     tool.print_counts(args, traced({"flows": 71}), losses, cgroups)
     header, *checks, text, last = done
-    assert (checks, last) == (["check", "check"], "losses")
+    assert (checks, last) == (["check"] * 3, "losses")
     assert (
         header + text
         == {
@@ -323,11 +331,12 @@ def test_many_counts(shared, monkeypatch):
     ]
     written = []
     monkeypatch.setattr(shared, "write", written.append)
-    monkeypatch.setattr(shared, "wait", lambda poll: True)
-    monkeypatch.setattr(shared, "map_items", lambda _: items)
+    monkeypatch.setattr(shared, "wait", lambda *_: True)
+    monkeypatch.setattr(shared, "map_items", lambda *_: items)
     losses = SimpleNamespace(report=lambda: None)
+    cgroups = SimpleNamespace(check=lambda: None)
     args = parse(shared, "-c")
-    shared.print_counts(args, traced({"flows": 71}), losses, None)
+    shared.print_counts(args, traced({"flows": 71}), losses, cgroups)
     lines = [text.splitlines() for text in written]
     assert list(map(len, lines)) == [1, 1000, 1000, 3]
     counts = [int(line.split()[-1]) for line in itertools.chain(*lines[1:])]
@@ -343,6 +352,9 @@ JSON_FIELDS = {
     "tid": int,
     "uid": int,
     "comm": str,
+    "process": str,
+    "ppid": int,
+    "parent": str,
     "ip": int,
     "saddr": str,
     "sport": int,
@@ -350,6 +362,7 @@ JSON_FIELDS = {
     "dport": int,
     "netns": int,
     "cgroup": int,
+    "cgroup_path": str,
 }
 # And those that options add at the end.
 MORE_JSON_FIELDS = {
@@ -374,7 +387,8 @@ def test_json(name, tool, monkeypatch):
         event(tool, 181, "a\x1b", "2001:db8::1", "2001:db8::2", 80, other_port=40001),
         event(tool, 7, "b", "192.0.2.1", "192.0.2.2", 443, uid=65534, other_port=9),
     ]
-    first, second = rows(tool, "--json", found).splitlines()
+    path = '/a b\n"\\x2d\udcff.slice'  # what an undecodable byte 0xff becomes
+    first, second = rows(tool, "--json", found, path=path).splitlines()
     assert json.loads(first) == {
         "ts": "2026-11-18T11:06:40.000001Z",
         "host": "web1",
@@ -383,6 +397,9 @@ def test_json(name, tool, monkeypatch):
         "tid": 182,
         "uid": 0,
         "comm": "a\\x1b",
+        "process": "java",
+        "ppid": 71,
+        "parent": "systemd",
         "ip": 6,
         "saddr": "2001:db8::1",
         "sport": 40001,
@@ -390,6 +407,7 @@ def test_json(name, tool, monkeypatch):
         "dport": 80,
         "netns": NETNS,
         "cgroup": CGROUP,
+        "cgroup_path": '/a b\n"\\x2d\\xff.slice',
     }
     for line in (first, second):
         assert list(types_of(line).items()) == list(JSON_FIELDS.items())
@@ -415,7 +433,8 @@ def test_more_json(name, tool):
             "tcpaccept": ((0, 128), (UNKNOWN, UNKNOWN)),
         }[name]
     ]
-    more = {**JSON_FIELDS, **MORE_JSON_FIELDS[name]}
+    fields = {key: JSON_FIELDS[key] for key in JSON_FIELDS if key != "cgroup_path"}
+    more = {**fields, **MORE_JSON_FIELDS[name]}
     if name == "tcpconnect":
         lines = rows(tool, "--json -x -d", found, 0, [("example.com", 4217), None])
         some = {"event": "connect_failed", "error": "ETIMEDOUT"}
@@ -427,7 +446,7 @@ def test_more_json(name, tool):
     assert list(types_of(full).items()) == list(more.items())
     assert some.items() <= json.loads(full).items()
     always = {"latency_us": int} if name == "tcpconnect" else {}
-    assert list(types_of(bare).items()) == list({**JSON_FIELDS, **always}.items())
+    assert list(types_of(bare).items()) == list({**fields, **always}.items())
 
 
 def test_json_query_is_of_its_own_row(shared):
@@ -442,7 +461,7 @@ def test_json_query_is_of_its_own_row(shared):
 def test_json_without_the_queue():
     tool = load("tcpaccept")
     found = [event(tool, 7, "a", "192.0.2.1", "192.0.2.2", 80, 0, 0)]
-    line = rows(tool, "--json", found)
+    line = rows(tool, "--json", found, path="/")
     assert list(types_of(line).items()) == list(JSON_FIELDS.items())
 
 
@@ -1262,7 +1281,8 @@ def test_events_and_responses(shared, monkeypatch, options):
     args = parse(shared, *options.split())
     names = SimpleNamespace(responses="responses", read="read", query=lambda _: None)
     cgroups = SimpleNamespace(check="check")
-    found = event(shared, 7, "a", "192.0.2.1", "192.0.2.2", 80)
+    *own, row = event(shared, 7, "a", "192.0.2.1", "192.0.2.2", 80)
+    found = (*own, row + PROCESS if args.json else row)
 
     def event_batches(*what):
         done.append(what)
