@@ -1,0 +1,434 @@
+"""Whose connections: -a, -n, --unit, and counts per interval."""
+
+import ctypes
+import errno
+import ipaddress
+import os
+import re
+import struct
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+from conftest import parse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_arguments import has_mounts, usage_error
+
+ADDRESS = "argument -a/--addr: "
+NAME = "argument -n/--name: not a name of 1 to 15 bytes: "
+
+
+@pytest.mark.parametrize(
+    ("text", "network"),
+    [
+        ("192.0.2.7", "192.0.2.7/32"),
+        ("10.0.0.0/8", "10.0.0.0/8"),
+        ("2001:db8::/33", "2001:db8::/33"),
+        ("::1", "::1/128"),
+        ("::ffff:192.0.2.7", "192.0.2.7/32"),
+        ("::ffff:10.0.0.0/104", "10.0.0.0/8"),
+        ("::ffff:0:0/96", "0.0.0.0/0"),
+        ("::/0", "::/0"),
+    ],
+)
+def test_networks(shared, text, network):
+    """An address is a network of one; IPv4 in IPv6 is IPv4."""
+    assert shared.network(text) == (True, ipaddress.ip_network(network))
+    assert shared.network(f"!{text}") == (False, ipaddress.ip_network(network))
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("-a 10.0.0.1/8", "not an address or network: '10.0.0.1/8': "),
+        ("-a ::ffff:10.0.0.1/104", "not an address or network: "),
+        ("-a 10.0.0.0/33", "not an address or network: '10.0.0.0/33': "),
+        ("-a 10.1", "not an address or network: '10.1': "),
+        ("-a example.com", "not an address or network: 'example.com': "),
+        ("-a fe80::1%eth0/64", "not an address or network: "),
+        ("-a !!::1", "not an address or network: '!!::1': "),
+        ("-a ::1,", "not an address or network: '': "),
+        ("-4 -a 10.0.0.0/8,::1", "::1/128 is not IPv4"),
+        ("-4 -a !2001:db8::/32", "2001:db8::/32 is not IPv4"),
+        ("-6 -a 192.0.2.7", "192.0.2.7/32 is not IPv6"),
+        ("-6 -a ::ffff:192.0.2.7", "192.0.2.7/32 is not IPv6"),
+        ("-a ::1,!::1", "both ::1/128 and !::1/128"),
+    ],
+)
+def test_networks_that_are_refused(tool, capsys, words, error):
+    assert usage_error(tool, capsys, *words.split()).startswith(f"{ADDRESS}{error}")
+
+
+def test_how_many_networks(shared, capsys):
+    most = ",".join(f"10.0.0.{n}" for n in range(64))
+    assert len(parse(shared, "-a", most).addr) == 64
+    error = usage_error(shared, capsys, "-a", f"{most},::1")
+    assert error == f"{ADDRESS}too many values: 65 (maximum 64)"
+
+
+def filters(shared, text, version):
+    """C text of the filter that -a makes for an IP version."""
+    networks = shared.list_of(shared.network)(text)
+    return shared.address_filter(networks, version)
+
+
+def test_text_of_networks(shared):
+    """In network order, so as they are in memory; the longest prefix comes first."""
+    ten, eleven = struct.unpack("=II", bytes([10, 0, 0, 0, 10, 11, 0, 0]))
+    masks = struct.unpack("=II", bytes([255, 0, 0, 0, 255, 255, 0, 0]))
+    assert filters(shared, "10.0.0.0/8,!10.11.0.0/16", 4) == (
+        f"(((x)[0] & {masks[1]}u) == {eleven}u ? 0 : "
+        f"(((x)[0] & {masks[0]}u) == {ten}u ? 1 : 0))"
+    )
+    assert filters(shared, "10.0.0.0/8", 6) == "0"
+    assert filters(shared, "!10.0.0.0/8", 6) == "1"
+    assert filters(shared, "::/0", 6) == "(1 ? 1 : 0)"
+
+
+def networks_of(version):
+    """(whether it is wanted, network): half of them in 10.0.0.0/12 or 2001:db8::/44."""
+    size, base, length = {
+        4: (32, 10 << 24, 12),
+        6: (128, 0x20010DB8 << 96, 44),
+    }[version]
+    near = st.integers(0, (1 << (size - length)) - 1).map(lambda bits: base | bits)
+    address = near | st.integers(0, (1 << size) - 1)
+    network = st.tuples(address, st.integers(0, size)).map(
+        lambda pair: ipaddress.ip_network(
+            (pair[0].to_bytes(size // 8, "big"), pair[1]), strict=False
+        )
+    )
+    return st.tuples(st.booleans(), network), address
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_any_networks(shared, tmp_path, version):
+    """What the C text says of an address is what the longest prefix does."""
+    network, address = networks_of(version)
+    cases = []
+
+    @settings(deadline=None, max_examples=17, database=None)
+    @given(
+        st.lists(network, min_size=1, max_size=16, unique_by=lambda item: item[1]),
+        st.lists(address, min_size=1, max_size=16),
+    )
+    def collect(networks, addresses):
+        ends = [int(net[end]) for _, net in networks for end in (0, -1)]
+        size = networks[0][1].max_prefixlen // 8
+        every = {
+            ((end + by) % (1 << 8 * size)).to_bytes(size, "big")
+            for end in (*ends, *addresses)
+            for by in (-1, 0, 1)
+        }
+        cases.append((networks, every))
+
+    collect()
+    checks, wanted = [], []
+    for networks, every in cases:
+        test = shared.address_filter(networks, version)
+        for packed in sorted(every):
+            words = struct.unpack(f"={len(packed) // 4}I", packed)
+            array = ", ".join(f"{word}u" for word in words)
+            checks.append(f"{{ unsigned x[] = {{ {array} }}; putchar({test} + 48); }}")
+            wanted.append(longest_match(networks, ipaddress.ip_address(packed)))
+    assert False in wanted and True in wanted
+    source = tmp_path / "check.c"
+    body = "\n".join(checks)
+    source.write_text(f"#include <stdio.h>\nint main(void) {{\n{body}\nreturn 0; }}")
+    subprocess.run(["gcc", "-w", "-o", tmp_path / "check", source], check=True)
+    said = subprocess.check_output([tmp_path / "check"], text=True)
+    assert said == "".join(str(int(one)) for one in wanted)
+
+
+def longest_match(networks, address):
+    """Whether -a wants an address. No two networks are the same."""
+    found = [(net.prefixlen, wanted) for wanted, net in networks if address in net]
+    return max(found)[1] if found else not any(wanted for wanted, _ in networks)
+
+
+@pytest.mark.parametrize("text", ["", "a" * 16, "\u00e9" * 8])
+def test_names_that_are_refused(tool, capsys, text):
+    assert usage_error(tool, capsys, "-n", text) == f"{NAME}{text!r}"
+
+
+@pytest.mark.parametrize("text", ["a", "a" * 15, "tmux: server", '"; x', "\udcff"])
+def test_name_in_the_c_program(shared, text):
+    """It is two numbers there."""
+    macros = shared.filter_macros(parse(shared, "-n", text))
+    found = re.fullmatch(
+        r"\(\(x\)\[0\] == (\d+)ull && \(x\)\[1\] == (\d+)ull\)",
+        macros["FILTER_NAME(x)"],
+    )
+    comm = struct.pack("=QQ", *map(int, found.groups()))
+    assert comm == os.fsencode(text).ljust(16, b"\0")
+
+
+ID = "3f2a9c41d0b7" + 26 * "7e"
+
+
+@pytest.mark.parametrize(
+    ("path", "unit"),
+    [
+        ("/", "-"),
+        ("/init.scope", "init.scope"),
+        ("/system.slice", "system.slice"),
+        ("/system.slice/nginx.service", "nginx.service"),
+        ("/system.slice/nginx.service/worker", "nginx.service"),
+        ("/system.slice/system-getty.slice/getty@tty1.service", "getty@tty1.service"),
+        ("/user.slice/user-1000.slice/session-3.scope", "session-3.scope"),
+        ("/user.slice/user-1000.slice/user@1000.service", "user@1000.service"),
+        (
+            "/user.slice/user-1000.slice/user@1000.service/a.service",
+            "user@1000.service",
+        ),
+        (f"/system.slice/docker-{ID}.scope", "docker-3f2a9c41d0b7"),
+        (f"/machine.slice/libpod-{ID}.scope/container", "libpod-3f2a9c41d0b7"),
+        (f"/docker/{ID}", "3f2a9c41d0b7"),
+        (f"/docker/{ID}/system.slice/sshd.service", "sshd.service"),
+        (f"/kubepods.slice/cri-containerd-{ID}.scope", "cri-containerd-3f2a9c41d0b7"),
+        (f"/docker/{ID[1:]}", ID[1:]),
+        ("/a\nb.service", "a\\nb.service"),
+        ("/lxc/web", "web"),
+    ],
+)
+def test_unit_of_a_path(shared, path, unit):
+    assert shared.unit_name(path) == unit
+
+
+class Kernel:
+    """Cgroups of a hierarchy that is mounted on a directory, by their numbers."""
+
+    def __init__(self, shared, monkeypatch, top, *paths, may_open=True):
+        self.top, self.may_open, self.walks, self.ns = str(top), may_open, [], 0
+        has_mounts(shared, monkeypatch, f"cgroup2 {top} cgroup2 rw 0 0\n")
+        for path in paths:
+            (top / path).mkdir(parents=True)
+        libc = SimpleNamespace(open_by_handle_at=self.open_by_handle_at)
+        monkeypatch.setattr(shared.ctypes, "CDLL", lambda *_, **__: libc)
+        monkeypatch.setattr(shared.time, "monotonic_ns", lambda: self.ns)
+        walk = shared.os.walk
+        monkeypatch.setattr(
+            shared.os, "walk", lambda path: self.walks.append(path) or walk(path)
+        )
+        self.walk = walk
+
+    def open_by_handle_at(self, mount_fd, handle, flags):
+        """As in open_by_handle_at(2); an inode's number is the handle."""
+        assert os.path.samestat(os.fstat(mount_fd), os.stat(self.top))
+        assert flags == os.O_PATH
+        length, kind, number = struct.unpack("=IiQ", bytes(handle))
+        assert (length, kind) == (8, 0xFE)
+        ctypes.set_errno(errno.ESTALE if self.may_open else errno.EPERM)
+        for path, _, _ in self.walk(self.top) if self.may_open else ():
+            if os.stat(path).st_ino == number:
+                return os.open(path, flags)
+        return -1
+
+
+def test_path_of_a_cgroup(shared, monkeypatch, tmp_path):
+    """By its number, and also when it is gone after that; nothing is walked."""
+    kernel = Kernel(shared, monkeypatch, tmp_path, "system.slice/web.service", "gone")
+    paths = shared.CgroupPaths()
+    web, gone = tmp_path / "system.slice/web.service", tmp_path / "gone"
+    numbers = [path.stat().st_ino for path in (web, tmp_path, gone)]
+    gone.rmdir()
+    known = ["/system.slice/web.service", "/", None]
+    assert [paths.path(number) for number in numbers] == known
+    units = ["web.service", "-", str(numbers[2])]
+    assert [paths.unit(number) for number in numbers] == units
+    web.rmdir()
+    assert paths.path(numbers[0]) == known[0]
+    assert kernel.walks == []
+
+
+def test_path_of_a_cgroup_without_the_right_to_open_it(shared, monkeypatch, tmp_path):
+    """A walk finds all, at most one per second; what one does not find is gone."""
+    kernel = Kernel(shared, monkeypatch, tmp_path, "a", "b/c", may_open=False)
+    paths = shared.CgroupPaths()
+    a, c = ((tmp_path / name).stat().st_ino for name in ("a", "b/c"))
+    assert [paths.path(number) for number in (a, c, 1)] == ["/a", "/b/c", None]
+    (tmp_path / "b/d").mkdir()
+    d = (tmp_path / "b/d").stat().st_ino
+    kernel.ns += 999_999_999
+    assert (paths.path(d), paths.unit(d), len(kernel.walks)) == (None, str(d), 1)
+    kernel.ns += 1
+    assert [paths.path(number) for number in (d, a, 1)] == ["/b/d", "/a", None]
+    assert kernel.walks == [str(tmp_path)] * 2
+    for _ in range(2):
+        kernel.ns += 1_000_000_000
+        assert (paths.path(1), len(kernel.walks)) == (None, 3)
+
+
+@pytest.mark.parametrize("may_open", [True, False])
+def test_paths_are_bounded(shared, monkeypatch, tmp_path, may_open):
+    """Those of cgroups that are gone are forgotten."""
+    monkeypatch.setattr(shared, "MAX_CGROUPS", 7)
+    kernel = Kernel(shared, monkeypatch, tmp_path, "a", may_open=may_open)
+    paths = shared.CgroupPaths()
+    for number in range(10**18, 10**18 + 71):
+        kernel.ns += 1_000_000_000
+        assert paths.path(number) is None
+        assert len(paths.paths) <= (7 if may_open else 7 + 1 + 2)
+    assert paths.path((tmp_path / "a").stat().st_ino) == "/a"
+
+
+def test_cgroup_outside_of_a_container(shared, monkeypatch, tmp_path):
+    """The kernel opens it, at a path that is not below the mount."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "top").mkdir()
+    Kernel(shared, monkeypatch, tmp_path / "top")
+    paths = shared.CgroupPaths()
+    opened = lambda *_: os.open(tmp_path / "outside", os.O_PATH)
+    monkeypatch.setattr(paths.libc, "open_by_handle_at", opened)
+    assert (paths.path(71), paths.unit(71)) == (None, "71")
+
+
+def test_no_cgroup2_mounted(tool, monkeypatch, capsys):
+    mounts = "cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n"
+    has_mounts(tool, monkeypatch, mounts)
+    assert usage_error(tool, capsys, "--unit") == (
+        "argument --unit: no cgroup v2 hierarchy is mounted: use -p, -u or --mntnsmap"
+    )
+    paths = tool.CgroupPaths()
+    assert (paths.path(71), paths.unit(71)) == (None, "71")
+
+
+def test_cgroups_out_of_reach(shared, monkeypatch):
+    def forbidden(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    has_mounts(shared, monkeypatch, "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n")
+    monkeypatch.setattr(shared.os, "open", forbidden)
+    paths = shared.CgroupPaths()
+    assert paths.path(71) is None
+
+
+@pytest.mark.parametrize("words", ["-i 7", "--per-process", "-i 7 --per-process"])
+def test_options_of_count_alone(tool, capsys, words):
+    names = ", ".join(re.findall("--per-process|-i", words)).replace(
+        "-i", "-i/--interval"
+    )
+    error = usage_error(tool, capsys, *words.split())
+    assert error == f"without -c/--count there is no {names}"
+
+
+@pytest.mark.parametrize("value", ["0", "86401", "0.5", "1s"])
+def test_intervals_that_are_refused(tool, capsys, value):
+    error = usage_error(tool, capsys, "-c", "-i", value)
+    assert error == f"argument -i/--interval: not seconds (1 to 86400): {value!r}"
+
+
+def test_time_goes_with_intervals_only(tool, capsys):
+    assert parse(tool, "-c", "-i", "7", "-T").time
+    error = usage_error(tool, capsys, "-c", "-T", "--per-process")
+    assert error == "-c/--count cannot be combined with -T/--time"
+
+
+class Counting:
+    """A fake of the kernel that counts by turns, and of the clock, in s."""
+
+    def __init__(self, tool, monkeypatch, ends):
+        """ends: times at which wait() returns, the last one for the end."""
+        self.now, self.done, self.ends = 100.0, [], iter(ends)
+        self.last, self.tool = ends[-1], tool
+        self.maps = {"flows": 70, "odd_flows": 71, "interval": 72}
+        monkeypatch.setattr(tool, "poller", lambda: "poll")
+        monkeypatch.setattr(tool, "wait", self.wait)
+        monkeypatch.setattr(tool, "map_update", self.map_update)
+        monkeypatch.setattr(tool, "map_items", self.map_items)
+        monkeypatch.setattr(tool, "write", self.done.append)
+        monkeypatch.setattr(tool.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(tool.time, "sleep", self.sleep)
+        monkeypatch.setattr(tool.time, "strftime", lambda form: f"at {self.now} {form}")
+
+    def wait(self, poll, ms):
+        """POLL_MS at most, else as long as is left of the interval."""
+        assert poll == "poll" and 0 < ms <= self.tool.POLL_MS
+        self.now = next(self.ends)
+        return self.now == self.last
+
+    def sleep(self, seconds):
+        self.done.append(f"sleep {seconds}")
+        self.now += seconds
+
+    def map_update(self, map_fd, key, value):
+        assert (map_fd, key) == (72, bytes(4))
+        self.done.append(f"interval {struct.unpack('=I', value)[0]}")
+
+    def map_items(self, map_fd, command):
+        """One flow of as many as the map's descriptor is; reading empties it."""
+        assert command == 25  # BPF_MAP_LOOKUP_AND_DELETE_BATCH in linux/bpf.h
+        flow = self.tool.FLOW.pack(80, 4, bytes(16), bytes(16))
+        return [(flow, struct.pack("=Q", map_fd))]
+
+
+def counted(tool, monkeypatch, options, ends):
+    """What -c does, in order, with a blank line as "" and each row as its count."""
+    counting = Counting(tool, monkeypatch, ends)
+    losses = SimpleNamespace(
+        report=lambda: counting.done.append("losses"),
+        report_total=lambda: counting.done.append("total"),
+    )
+    cgroups = SimpleNamespace(check=lambda: None)
+    args = parse(tool, "-c", *options.split())
+    tool.print_counts(args, SimpleNamespace(maps=counting.maps), losses, cgroups)
+    titles = tool.header(args)
+    lines = [text.replace(titles, "titles\n").rstrip("\n") for text in counting.done]
+    return [line.split()[-1] if "0.0.0.0" in line else line for line in lines]
+
+
+def test_intervals(tool, monkeypatch):
+    """The kernel counts in the other map, 20 ms later this one is read and emptied."""
+    steps = counted(tool, monkeypatch, "-i 3", [100.2, 103.0, 103.2, 106.1, 107.0])
+    assert steps == [
+        *("titles", "interval 1", "sleep 0.02", "70", "losses", ""),
+        *("titles", "interval 2", "sleep 0.02", "71", "losses", ""),
+        *("titles", "70", "losses", "total"),
+    ]
+
+
+def test_intervals_in_which_the_tool_was_stopped(tool, monkeypatch):
+    """Ctrl-Z: what it missed is one table, and the next ends when it would have."""
+    steps = counted(tool, monkeypatch, "-i 3 -T", [110.5, 111.9, 112.0, 113.0])
+    assert steps == [
+        *("at 100.0 %H:%M:%S\ntitles", "interval 1", "sleep 0.02", "70", "losses", ""),
+        *("at 110.52 %H:%M:%S\ntitles", "interval 2", "sleep 0.02", "71", "losses", ""),
+        *("at 112.02 %H:%M:%S\ntitles", "70", "losses", "total"),
+    ]
+
+
+def test_rows_of_processes(name, tool, monkeypatch):
+    """With --per-process: by count, then port, addresses, and PID."""
+    keys = [(256, b"b\nc"), (9, b"nginx"), (80, b"nginx")]
+    flow = tool.FLOW.pack(80, 4, bytes([10, 0, 0, 1]) * 4, bytes([10, 0, 0, 2]) * 4)
+    items = [
+        (flow + struct.pack("=I16s", *key), struct.pack("=Q", count))
+        for key, count in zip(keys, (7, 7, 65537))
+    ]
+    written = []
+    monkeypatch.setattr(tool, "map_items", lambda *_: items)
+    monkeypatch.setattr(tool, "write", written.append)
+    args = parse(tool, "-c", "--per-process")
+    tool.write_flows(args, 71)
+    between = {
+        "tcpconnect": "10.0.0.1         10.0.0.2         80    ",
+        "tcpaccept": "10.0.0.1         80    ",
+    }[name]
+    assert "".join(written) == (
+        f"80      nginx        {between}65537\n"
+        f"9       nginx        {between}7\n"
+        f"256     b\\nc         {between}7\n"
+    )
+    assert tool.header(args).startswith("PID     COMM         ")
+
+
+def test_processes_with_which_options(shared):
+    """struct process_t is there for those that need it, and for no other."""
+    for words, has_process in (("", False), ("-U", False), ("--json", True)):
+        text = shared.c_program(parse(shared, *words.split()), "kprobe", None)
+        assert ("struct process_t {" in text) == has_process
+        assert ("#define PROCESS 1" in text) == has_process
+    for words in ("-n nginx", "-c --per-process"):
+        text = shared.c_program(parse(shared, *words.split()), "kprobe", None)
+        assert "read_process_comm(" in text and "#define PROCESS" not in text
