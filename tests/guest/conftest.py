@@ -367,6 +367,10 @@ class Worker:
         return json.loads(text)
 
 
+def own_comm():
+    return pathlib.Path("/proc/self/comm").read_text().rstrip("\n")
+
+
 def response_to(question):
     """The DNS response (bytes) to a question: what HOSTS has, or an empty one."""
     query = dnslib.DNSRecord.parse(question)

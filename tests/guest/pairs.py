@@ -6,30 +6,33 @@ whether a pair is missing.
 """
 
 SHORT = (
-    "-p {pids} -P {ports} -u nobody "
+    "-p {pids} -P {ports} -u nobody -n it "
     "--cgroup {cgroup} --cgroupmap {cgroups} --mntnsmap {namespaces}"
 )
 LONG = SHORT.replace("-p", "--pid", 1).replace("-P", "--port").replace("-u", "--uid")
+LONG = LONG.replace("-n", "--name", 1)
 
-# A column, --json and -c never go together, nor do -4 and -6: six lines are the fewest.
+# -T aside, a column, --json and -c never go together, nor do -4 and -6: six lines are
+# the fewest.
+FOUR, SIX = "-4 -a {four}", "-a {six} -6"
+COUNT = "-c -i 86400 --per-process -T"
+LONG_COUNT = "--count --interval 86400 --per-process --time"
+LONG_COLUMNS = "--timestamp --time --print-uid --unit --buffer-pages 32"
 LINES = {
     "tcpconnect": [
-        f"-t -T -U -L -d -x -l -m 0 -b 64 -4 {SHORT}",
-        f"{LONG} --ipv6 --timestamp --time --print-uid --lport --dns --buffer-pages 32",
-        f"--json -d -b 128 -6 --failed --latency --min-ms 0 {SHORT}",
-        f"{LONG} --ipv4 --json --dns --buffer-pages 1024",
-        f"-c -4 {SHORT}",
-        f"{LONG} --ipv6 --count",
+        f"-t -T -U -L -d -x -l -m 0 --unit -b 64 {FOUR} {SHORT}",
+        f"{LONG} --addr {{six}} --ipv6 {LONG_COLUMNS} --lport --dns",
+        f"--json -d -b 128 {SIX} --failed --latency --min-ms 0 {SHORT}",
+        f"{LONG} --addr {{four}} --ipv4 --json --dns --buffer-pages 1024",
+        f"{COUNT} {FOUR} {SHORT}",
+        f"{LONG} --addr {{six}} --ipv6 {LONG_COUNT}",
     ],
     "tcpaccept": [
-        f"-t -T -U -R -q -b 64 -4 {SHORT}",
-        (
-            f"{LONG} --ipv6 --timestamp --time --print-uid --rport --queue"
-            " --buffer-pages 32"
-        ),
-        f"--json -q -b 128 -6 {SHORT}",
-        f"{LONG} --ipv4 --json --queue --buffer-pages 1024",
-        f"-c -4 {SHORT}",
-        f"{LONG} --ipv6 --count",
+        f"-t -T -U -R -q --unit -b 64 {FOUR} {SHORT}",
+        f"{LONG} --addr {{six}} --ipv6 {LONG_COLUMNS} --rport --queue",
+        f"--json -q -b 128 {SIX} {SHORT}",
+        f"{LONG} --addr {{four}} --ipv4 --json --queue --buffer-pages 1024",
+        f"{COUNT} {FOUR} {SHORT}",
+        f"{LONG} --addr {{six}} --ipv6 {LONG_COUNT}",
     ],
 }

@@ -211,7 +211,7 @@ def test_names(start, names, method):
 
 def without_latency(text):
     """A row without LAT(ms)."""
-    return re.sub(r"(?<= )\d+\.\d{3} +(?=\S+$)", "", text)
+    return re.sub(r"(?<= )\d+\.\d{3} +(?=\S+( +\S+)?$)", "", text)
 
 
 def without_age(text):

@@ -6,7 +6,6 @@ import calendar
 import contextlib
 import json
 import os
-import pathlib
 import random
 import re
 import socket
@@ -20,6 +19,7 @@ from conftest import (
     best_method_only,
     btf_without,
     only_at_both_ends,
+    own_comm,
     row,
 )
 from traffic import (
@@ -198,10 +198,14 @@ def test_json(start, cgroups, method):
                 "tid": one["pid"],
                 "uid": one["uid"],
                 "comm": one["comm"],
+                "process": one["comm"],
+                "ppid": os.getpid(),
+                "parent": own_comm(),
                 "ip": one["ip"],
                 **{key: one[end] for key, end in zip(addresses, ends)},
                 "netns": os.stat("/proc/self/ns/net").st_ino,
                 "cgroup": cgroup.stat().st_ino if one["uid"] == NOBODY else root,
+                "cgroup_path": "/tcp-test" if one["uid"] == NOBODY else "/",
             }
             for one in known[name]
         ]
@@ -219,8 +223,7 @@ def test_reset_before_accept_under_a_port_filter(start):
         connect_and_reset(listening.getsockname())
         with contextlib.suppress(OSError):
             listening.accept()[0].close()
-    comm = pathlib.Path("/proc/self/comm").read_text().rstrip("\n")
-    rows = [row(os.getpid(), comm, 4, IPV4, IPV4, port)] * 7
+    rows = [row(os.getpid(), own_comm(), 4, IPV4, IPV4, port)] * 7
     assert with_fexit.stop() == rows
     assert with_kprobes.stop() == rows
 

@@ -11,7 +11,7 @@ import re
 import socket
 
 import pytest
-from conftest import IPV4, IPV6, Worker, best_method, only_on, row
+from conftest import IPV4, IPV6, Worker, best_method, only_on, own_comm, row
 from pairs import LINES
 from test_columns import ask, without_age, without_latency
 from test_filters import make_map
@@ -23,12 +23,18 @@ BACKLOG = 17
 NAMES = {4: "www.example.com", 6: "six.example.com"}
 
 
-def visit(server, ip, count):
-    """Connect `count` times to a socket's port, and accept these if it listens.
+ADDRESSES = {4: IPV4, 6: IPV6}
+UNIT = "app.service"
+
+
+def visit(server, ip, count, address=None):
+    """Connect `count` times to a socket's port, and accept these if it listens. Without
+    an address it is the one of ADDRESSES.
 
     All are open concurrently. Returns what is known of each.
     """
-    family, address = {4: (socket.AF_INET, IPV4), 6: (socket.AF_INET6, IPV6)}[ip]
+    family = {4: socket.AF_INET, 6: socket.AF_INET6}[ip]
+    address = address or ADDRESSES[ip]
     port = server.getsockname()[1]
     listens = server.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     with contextlib.ExitStack() as stack:
@@ -39,9 +45,9 @@ def visit(server, ip, count):
             lport = client.getsockname()[1]
             error = client.connect_ex((address, port))
             assert error == (0 if listens else errno.ECONNREFUSED)
-            known.append(
-                {"ip": ip, "lport": lport, "rport": port, "left": left, "error": error}
-            )
+            ports = {"lport": lport, "rport": port}
+            known.append({"ip": ip, "address": address, "left": left, "error": error})
+            known[-1].update(ports)
         while listens and waiting(server) < count:
             os.sched_yield()
         for _ in range(count if listens else 0):
@@ -79,21 +85,27 @@ def trace(start, cgroups, bpffs, names):
             server.listen(BACKLOG)
         visits = [(server, ip, 1) for server in others for ip in (4, 6)]
         visits += [(listening, 4, 5), (listening, 6, 3), (closed, 4, 2), (closed, 6, 7)]
+        visits += [
+            (listening, 4, 1, "127.0.0.1"),
+            (listening, 6, 1, "::1"),
+        ]  # not in -a
+        visits += [(closed, 4, 1, "127.0.0.1"), (closed, 6, 1, "::1")]
 
-        cgroup, elsewhere = cgroups / "app.service", cgroups / "elsewhere"
+        cgroup, elsewhere = cgroups / UNIT, cgroups / "elsewhere"
         below = cgroup / "below"
         workers = []
-        for directory, uid, mount_namespace in (
-            (cgroup, NOBODY, False),  # not in -p
-            (cgroup, 0, False),  # not in -u
-            (elsewhere, NOBODY, False),  # not in --cgroup
-            (below, NOBODY, False),  # not in --cgroupmap
-            (cgroup, NOBODY, True),  # not in --mntnsmap
-            (cgroup, NOBODY, False),  # wanted
+        for comm, directory, uid, mount_namespace in (
+            (b"it", cgroup, NOBODY, False),  # not in -p
+            (b"it", cgroup, 0, False),  # not in -u
+            (b"its", cgroup, NOBODY, False),  # not in -n
+            (b"it", elsewhere, NOBODY, False),  # not in --cgroup
+            (b"it", below, NOBODY, False),  # not in --cgroupmap
+            (b"it", cgroup, NOBODY, True),  # not in --mntnsmap
+            (b"it", cgroup, NOBODY, False),  # wanted
         ):
             directory.mkdir(exist_ok=True)
             reader, go = os.pipe()
-            worker = Worker(b"it", visit_all, reader, uid, mount_namespace, visits)
+            worker = Worker(comm, visit_all, reader, uid, mount_namespace, visits)
             (directory / "cgroup.procs").write_text(str(worker.pid))
             workers.append((worker, go))
 
@@ -104,6 +116,8 @@ def trace(start, cgroups, bpffs, names):
         values = {
             "pids": ",".join(map(str, pids)),
             "ports": ",".join(map(str, ports)),
+            "four": IPV4,
+            "six": IPV6,
             "cgroup": cgroup,
             "cgroups": make_map(bpffs / "cgroups", ids=inodes),
             "namespaces": make_map(bpffs / "namespaces", ids=[here]),
@@ -117,7 +131,11 @@ def trace(start, cgroups, bpffs, names):
             tool.end()
             assert tool.complaints() == []
         wanted = {"pid": worker.pid, "cgroup": inodes[0]}
-        return tools, [{**wanted, **one} for one in known if one["rport"] in ports]
+        return tools, [
+            {**wanted, **one}
+            for one in known
+            if one["rport"] in ports and one["address"] in ADDRESSES.values()
+        ]
 
     return run_lines
 
@@ -168,6 +186,9 @@ def json_object(one, event, **fields):
         "tid": one["pid"],
         "uid": NOBODY,
         "comm": "it",
+        "process": "it",
+        "ppid": os.getpid(),
+        "parent": own_comm(),
         "ip": one["ip"],
         "saddr": address,
         "sport": one["lport"],
@@ -175,6 +196,7 @@ def json_object(one, event, **fields):
         "dport": one["rport"],
         "netns": os.stat("/proc/self/ns/net").st_ino,
         "cgroup": one["cgroup"],
+        "cgroup_path": f"/{UNIT}",
         **fields,
     }
 
@@ -189,14 +211,17 @@ def test_tcpconnect(trace):
     failed = [one for one in known if one["error"]]
     front = "UID    PID     COMM         "
     outcome = "IP SADDR            LPORT  DADDR            DPORT "
-    outcome += "ERR           LAT(ms)   QUERY"
+    outcome += f"ERR           LAT(ms)   {'UNIT':<24} QUERY"
     assert timed(table4) == [
         f"{front}{outcome}",
-        *(table_row(one, f"ECONNREFUSED  {NAMES[4]}") for one in of_ip(failed, 4)),
+        *(
+            table_row(one, f"ECONNREFUSED  {UNIT:<24} {NAMES[4]}")
+            for one in of_ip(failed, 4)
+        ),
     ]
     assert timed(table6) == [
-        f"{front}IP SADDR            LPORT  DADDR            DPORT QUERY",
-        *(table_row(one, NAMES[6]) for one in of_ip(known, 6)),
+        f"{front}IP SADDR            LPORT  DADDR            DPORT {'UNIT':<24} QUERY",
+        *(table_row(one, f"{UNIT:<24} {NAMES[6]}") for one in of_ip(known, 6)),
     ]
     assert objects(json6) == [
         json_object(one, "connect_failed", error="ECONNREFUSED", query=NAMES[6])
@@ -206,13 +231,17 @@ def test_tcpconnect(trace):
         json_object(one, "connect", query=NAMES[4]) for one in of_ip(known, 4)
     ]
     listening, closed = (known[n]["rport"] for n in (0, -1))
+    process = f"{known[0]['pid']:<7} it           "
+    titles = "PID     COMM         SADDR            DADDR            DPORT CONNECTS"
     assert count4.rows() == [
-        f"{IPV4:<16} {IPV4:<16} {listening:<5} 5",
-        f"{IPV4:<16} {IPV4:<16} {closed:<5} 2",
+        titles,
+        f"{process}{IPV4:<16} {IPV4:<16} {listening:<5} 5",
+        f"{process}{IPV4:<16} {IPV4:<16} {closed:<5} 2",
     ]
     assert count6.rows() == [
-        f"{IPV6:<16} {IPV6:<16} {closed:<5} 7",
-        f"{IPV6:<16} {IPV6:<16} {listening:<5} 3",
+        titles,
+        f"{process}{IPV6:<16} {IPV6:<16} {closed:<5} 7",
+        f"{process}{IPV6:<16} {IPV6:<16} {listening:<5} 3",
     ]
 
 
@@ -220,12 +249,12 @@ def test_tcpconnect(trace):
 def test_tcpaccept(trace):
     (table4, table6, json6, json4, count4, count6), known = trace("tcpaccept")
     accepted = [one for one in known if not one["error"]]
-    front = "UID    PID     COMM         "
+    titles = "UID    PID     COMM         IP RADDR            RPORT  LADDR            "
     for tool, ip in ((table4, 4), (table6, 6)):
         assert timed(tool) == [
-            f"{front}IP RADDR            RPORT  LADDR            LPORT QLEN  QMAX",
+            f"{titles}LPORT QLEN  QMAX  UNIT",
             *(
-                table_row(one, f"{one['left']:<5} {BACKLOG}")
+                table_row(one, f"{one['left']:<5} {BACKLOG:<5} {UNIT}")
                 for one in of_ip(accepted, ip)
             ),
         ]
@@ -235,5 +264,7 @@ def test_tcpaccept(trace):
             for one in of_ip(accepted, ip)
         ]
     port = accepted[0]["rport"]
-    assert count4.rows() == [f"{IPV4:<16} {port:<5} 5"]
-    assert count6.rows() == [f"{IPV6:<16} {port:<5} 3"]
+    process = f"{known[0]['pid']:<7} it           "
+    titles = "PID     COMM         RADDR            LPORT ACCEPTS"
+    assert count4.rows() == [titles, f"{process}{IPV4:<16} {port:<5} 5"]
+    assert count6.rows() == [titles, f"{process}{IPV6:<16} {port:<5} 3"]

@@ -18,7 +18,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from conftest import METHODS, TOOLS, Tool, Worker, row
+from conftest import METHODS, TOOLS, Tool, Worker, own_comm, row
 from traffic import connect_often, lost
 
 IPV6_FREEBIND = 78  # linux/in6.h
@@ -133,10 +133,6 @@ def expected(pid, comm, addresses, port, **fields):
         | {"port": port, "ppid": os.getpid(), "parent": own_comm(), **fields}
         for address in addresses
     ]
-
-
-def own_comm():
-    return pathlib.Path("/proc/self/comm").read_text().rstrip("\n")
 
 
 def work(top):

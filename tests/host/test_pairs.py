@@ -6,14 +6,17 @@ import re
 from conftest import load, run
 
 LINES = load("tests/guest/pairs.py").LINES  # run by tests/guest/test_pairs.py
-COLUMNS = "--timestamp --time --print-uid --lport --rport"
+COLUMNS = "--timestamp --print-uid --unit --lport --rport"
+EVENTS = "--dns --queue --failed --latency --min-ms --json --buffer-pages"
+COUNT = "-c/--count cannot be combined with {other}"
+NO_COUNT = "without -c/--count there is no {one}"
 REFUSED = {
     "--ipv4": ("--ipv6", "argument {other}: not allowed with argument {one}"),
-    "--json": (COLUMNS, "--json already includes these: drop {other}"),
-    "--count": (
-        f"{COLUMNS} --dns --queue --failed --latency --min-ms --json --buffer-pages",
-        "-c/--count cannot be combined with {other}",
-    ),
+    "--json": (f"{COLUMNS} --time", "--json already includes these: drop {other}"),
+    "--count": (f"{COLUMNS} {EVENTS}", COUNT),
+    # None goes without -c
+    "--interval": (f"{COLUMNS} {EVENTS}", NO_COUNT),
+    "--per-process": (f"{COLUMNS} {EVENTS}", NO_COUNT),
 }
 
 
@@ -62,11 +65,12 @@ def test_no_pair_is_missing(name, tool):
 def test_refused_pairs(name, tool):
     """One line names both, below the usage, before anything is done."""
     refused = refusals(tool)
-    assert len(refused) == {"tcpconnect": 15, "tcpaccept": 12}[name]
+    assert len(refused) == {"tcpconnect": 36, "tcpaccept": 27}[name]
     usage = tool.HELP.partition("\n\n")[0]
     for pair, error in refused.items():
         words = " ".join(sorted(pair))
         words = words.replace("--buffer-pages", "--buffer-pages 8")
+        words = words.replace("--interval", "--interval 3")
         words = words.replace("--min-ms", "--min-ms 0").split()
         done = run(name, *words)
         assert (done.returncode, done.stdout) == (2, "")
