@@ -16,6 +16,12 @@ UNITS = ("tcptools-connect", "tcptools-failed", "tcptools-accept")
 PARANOID = pathlib.Path("/proc/sys/kernel/perf_event_paranoid")
 CAP_PERFMON, CAP_BPF = 38, 39
 IMMEDIATE = 10  # failures, in the noise of mixed traffic
+# Connects again and again: a new cgroup's path is looked for once per second
+PROBE = """\
+[Service]
+ExecStart=sh -c 'while :; do python3 -c "import socket; socket.socket().connect_ex(\
+(\\"127.0.0.1\\", 9))"; done'
+"""
 
 
 @pytest.fixture
@@ -28,6 +34,7 @@ def installed():
     for unit in UNITS:
         shutil.copy(FLEET / f"{unit}.service", units)
     shutil.copytree(FLEET / COMMON, units / COMMON, dirs_exist_ok=True)
+    (units / "probe.service").write_text(PROBE)
     shutil.copy(FLEET / "journald@tcptools.conf", "/etc/systemd")
     settings = shutil.copy(FLEET / "tcptools-sysctl.conf", "/etc/sysctl.d")
     subprocess.run(["sysctl", "--quiet", f"--load={settings}"], check=True)
@@ -142,6 +149,12 @@ def test_units():
             [str(row[key]) for key in ("pid", "comm", "ip", "saddr", "daddr", "dport")]
             for row in seen
         ] == shown
+
+        # Without the right to open a cgroup by its number
+        run("systemctl", "start", "probe")
+        path = "/system.slice/probe.service"
+        until(lambda: path in {row.get("cgroup_path") for row in rows(UNITS[0])})
+        run("systemctl", "stop", "probe")
 
         run("kill", "-9", pid_of(UNITS[0]))
         until(lambda: starts(UNITS[0]) == 2)
