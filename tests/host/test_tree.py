@@ -65,6 +65,13 @@ def test_shellcheck():
     assert check("shellcheck", *SHELL, "examples/completion.bash") == ""
 
 
+def test_spelling():
+    """Of all files; "bu" is the bullet of the man pages."""
+    codespell = pathlib.Path(sys.prefix) / "bin/codespell"
+    files = check("git", "-c", "safe.directory=*", "ls-files").splitlines()
+    assert check(codespell, "--check-hidden", "-L", "bu", *files) == ""
+
+
 @pytest.mark.parametrize("name", TOOLS)
 def test_man_page(name):
     page = f"man/man8/{name}.8"
