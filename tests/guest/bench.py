@@ -36,7 +36,7 @@ IDLE = 10  # seconds for which a tool is watched while nothing happens
 IDLE_TIMES = 5
 BATCHES = {1: 20, 20: 10, 1000: 5}  # events per batch: how many times
 STARTS = 5
-PIECES = 64  # of 64 KB
+PIECES = 64  # of 64 KiB
 RATES = (10, 100, 1000, 10000, 100000)  # connects per second
 FLOWS = (1, 10, 100, 1000, 10000)
 ON_CPUS = f", {os.cpu_count()} CPUs" if os.cpu_count() > 1 else ""
@@ -354,7 +354,7 @@ def watch_own_cost(tools, work, name):
 
 
 def start(command):
-    """(instructions from exec to the header, peak memory, memory afterwards, in MB) of
+    """(instructions from exec to the header, peak memory, memory afterwards, in MiB) of
     a tool that writes to a terminal.
 
     Its own instructions: the guest's clock also counts what it waits for the disk.
@@ -385,8 +385,8 @@ def watch_starts(tools, name):
         starts = [start(command) for _ in range(1 + STARTS)][1:]
         took, peak, resident = zip(*starts)
         report(tool, f"{name}, start (millions)", [n / 1e6 for n in took])
-        report(tool, f"{name}, peak memory (MB)", peak)
-        report(tool, f"{name}, memory afterwards (MB)", resident)
+        report(tool, f"{name}, peak memory (MiB)", peak)
+        report(tool, f"{name}, memory afterwards (MiB)", resident)
 
 
 def reached_rates():
