@@ -121,6 +121,17 @@ def test_readme_is_short_and_narrow():
     assert [x for x in lines if len(x) > 88 and not x.startswith("|")] == []
 
 
+def test_readmes_links():
+    """To its own sections, and to files of the repository."""
+    text = (TOP / "README.md").read_text()
+    titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    sections = {"#" + title.lower().replace(" ", "-") for title in titles}
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert {"#demo", "tests/benchmarks.svg"} <= set(links)
+    for link in links:
+        assert link in sections or (TOP / link).exists(), link
+
+
 @pytest.mark.parametrize("name", TOOLS)
 def test_man_page_has_what_messages_refer_to(name):
     text = (TOP / f"man/man8/{name}.8").read_text()
