@@ -2,13 +2,16 @@
 and the man pages say of them.
 """
 
+import io
 import json
 import re
+import shutil
 import subprocess
+import sys
 
 import bench_report
 import pytest
-from conftest import TOP
+from conftest import TOP, load
 
 VERSIONS = "Linux 6.1.0, python3-bpfcc 0.26.0"
 
@@ -183,6 +186,57 @@ def test_picture():
     kernel, own, *bccs = map(float, widths)
     assert own == pytest.approx(3 * kernel, abs=0.2)
     assert sum(bccs) == pytest.approx(2.5 * (kernel + own), abs=0.2)
+
+
+def test_recording_writes_all_three_files(tmp_path, monkeypatch):
+    for name in ("DATA", "TEXT", "PICTURE"):
+        copy = tmp_path / getattr(bench_report, name).name
+        shutil.copy(getattr(bench_report, name), copy)
+        monkeypatch.setattr(bench_report, name, copy)
+    lines = measured({"a connect, IPv4": {"no tool": [10], "fexit": [7788]}})
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    monkeypatch.setattr(sys, "argv", ["bench_report.py", "--record", "1234567+"])
+    bench_report.main()
+    data = json.loads(bench_report.DATA.read_text())
+    cell = data["figures"]["a connect, IPv4"]["fexit"]
+    assert cell["values"] == [7778]
+    assert data["runs"][cell["run"]]["tools"] == "1234567+"
+    tables = parse(bench_report.TEXT.read_text())
+    row = tables["In the kernel: instructions per event"]["a connect, IPv4"]
+    assert row["fexit"] == "7,778"
+    assert ">7,778 + " in bench_report.PICTURE.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "release", "guests"),
+    [
+        ([], "bookworm", "WHOLE"),
+        (["--print", "sid"], "sid", "WHOLE"),
+        (["--quick"], "bookworm", "QUICK"),
+        (["accept", "connect"], "bookworm", [("bench", 1, "accept connect")]),
+    ],
+)
+def test_guests(monkeypatch, arguments, release, guests):
+    """With four CPUs, too, where growth is measured and QEMU can."""
+    bench = load("tests/bench")
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    args = bench.parse_args()
+    assert args.release == release
+    wanted = getattr(bench, guests) if isinstance(guests, str) else guests
+    for can in (False, True):
+        monkeypatch.setattr(bench, "counts_on_several_cpus", lambda can=can: can)
+        four = [bench.FOUR] if can and guests == "WHOLE" else []
+        assert bench.guests(args) == [*wanted, *four]
+
+
+@pytest.mark.parametrize("words", [["sid"], ["--quick", "sid", "bookworm"]])
+def test_what_is_no_part(monkeypatch, capsys, words):
+    bench = load("tests/bench")
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
+    with pytest.raises(SystemExit):
+        bench.parse_args()
+    assert "PART is one of connect, outcomes, starts," in capsys.readouterr().err
 
 
 def test_what_is_committed_was_written_from_the_figures():
