@@ -9,7 +9,7 @@
 #     directory=/usr/local/share/bash-completion/completions
 #     sudo install -d $directory
 #     sudo install -m 644 examples/completion.bash $directory/tcpconnect
-#     sudo ln -s tcpconnect $directory/tcpaccept
+#     sudo ln -sf tcpconnect $directory/tcpaccept
 #
 # Completion after `sudo` also needs that package.
 
@@ -42,7 +42,10 @@ _tcptools() {
     --cgroup)
         compopt -o filenames -o nospace
         mapfile -t COMPREPLY < <(
-            cd "$(findmnt -nfro TARGET -t cgroup2)" && compgen -d -S / -- "$word"
+            systemctl list-units --type=service --plain --no-legend "$word*" \
+                2>/dev/null | cut -d ' ' -f 1
+            top=$(findmnt -nfro TARGET -t cgroup2)
+            [ "$top" ] && cd "$top" && compgen -d -S / -- "$word"
         )
         return
         ;;

@@ -103,7 +103,7 @@ def test_container(expect):
         (b"two\nlines", "two\\nlines"),
         (b"  blanks", "\\x20\\x20blanks"),
         (b"\xff\xfe", "\\xff\\xfe"),
-        ("caf\u00e9".encode(), "caf\u00e9"),
+        ("\u00e9t\u00e9".encode(), "\u00e9t\u00e9"),
         (b"back\\slash", "back\\\\slash"),
         (b"plain", "plain"),
     ],

@@ -38,10 +38,10 @@ filters (PID, PORT and UID may be lists: 80,443):
 output:
   -T, --time            include time of day on output (HH:MM:SS)
   -U, --print-uid       include UID on output
-{columns}  --json                print one JSON object per line, with all fields
+{columns}  --json                print one JSON object per line
   -c, --count           count {what}s per {flow}
   -b PAGES, --buffer-pages PAGES
-                        size of each CPU's buffer (default: 256 pages)
+                        size of each CPU's buffer (default: 256 or less)
 
 examples:
     ./{name}           # trace all TCP {what}()s
@@ -56,13 +56,13 @@ OWN = {
                   [-m MS] [-T] [-U] [-L] [-l] [-d] [--json] [-c] [-b PAGES]""",
         "side": "destination",
         "failed": """\
-  -x, --failed          trace connects that fail only, with their error
+  -x, --failed          trace only failed connects, with the error
   -m MS, --min-ms MS    trace connects that took at least MS (alone: with -l)
 """,
         "columns": """\
   -L, --lport           include LPORT, the local port, on output
   -l, --latency         print each connect once it ended: include ERR, LAT(ms)
-  -d, --dns             include QUERY, the name looked up, on output
+  -d, --dns             include QUERY, the likely DNS name, on output
 """,
         "flow": "source, destination and port",
         "example": """\

@@ -49,6 +49,14 @@ FINDMNT = """\
 #!/bin/sh
 exec /usr/bin/findmnt --tab-file ~/mounts "$@"
 """
+# Stands for systemctl list-units OPTION... PATTERN.
+SYSTEMCTL = """\
+#!/bin/sh
+for pattern; do :; done
+for unit in web.service web@2.service; do
+    case $unit in $pattern) echo "$unit loaded active running Some title" ;; esac
+done
+"""
 
 
 @pytest.fixture(params=SETUPS)
@@ -59,8 +67,9 @@ def setup(request):
 @pytest.fixture
 def home(setup, tmp_path):
     """The shell's home, its working directory, and the first in its PATH."""
-    for name in (*TOOLS, "sudo", "findmnt"):
-        (tmp_path / name).write_text(FINDMNT if name == "findmnt" else COMMAND)
+    scripts = {**dict.fromkeys(TOOLS, COMMAND), "sudo": COMMAND, "findmnt": FINDMNT}
+    for name, text in {**scripts, "systemctl": SYSTEMCTL}.items():
+        (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     for name in (".bashrc", ".zshrc"):
         (tmp_path / name).write_text(f"PS1='prompt: '\n{SETUPS[setup]}\n")
@@ -203,13 +212,23 @@ def test_cgroups(name, home, offers):
     (top / "system-a\\x2db.slice").mkdir()
     (top / "cgroup.procs").touch()
     (home / "mounts").write_text(f"proc /proc proc rw\ncgroup2 {top} cgroup2 rw\n")
-    assert offers(f"{name} --cgroup ") == ["system-a\\x2db.slice/", "user.slice/"]
+    units = ["web.service", "web@2.service"]
+    both = sorted([*units, "system-a\\x2db.slice/", "user.slice/"])
+    assert offers(f"{name} --cgroup ") == both
+    assert offers(f"{name} --cgroup we") == units
     inner = "user.slice/user@1000.service/"
     assert offers(f"{name} --cgroup=user.slice/") == [f"--cgroup={inner}"]
     assert offers(f"{name} --cgroup {top}/user.slice/") == [f"{top}/{inner}"]
     # as both shells take it, and bash writes it
     quoted = inner.replace("@", "\\@")
     assert offers(f"{name} --cgroup {quoted}") == [f"{inner}app.slice/"]
+
+
+def test_units_where_no_cgroups_are_mounted(name, home, offers):
+    """And no directories of the working directory."""
+    (home / "mounts").write_text("proc /proc proc rw\n")
+    (home / "work").mkdir()
+    assert offers(f"{name} --cgroup w") == ["web.service", "web@2.service"]
 
 
 def test_shellcheck():

@@ -1349,7 +1349,7 @@ def test_a_short_write_is_completed(shared, monkeypatch):
         return len(data[:3])
 
     monkeypatch.setattr(shared.os, "write", write)
-    shared.write("caf\u00e9 row\n")
-    assert b"".join(taken).decode() == "caf\u00e9 row\n"
+    shared.write("\u00e9t\u00e9 row\n")
+    assert b"".join(taken).decode() == "\u00e9t\u00e9 row\n"
     shared.write("")
     assert len(taken) == 4

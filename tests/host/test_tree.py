@@ -65,6 +65,13 @@ def test_shellcheck():
     assert check("shellcheck", *SHELL, "examples/completion.bash") == ""
 
 
+def test_spelling():
+    """Of all files; "bu" is the bullet of the man pages."""
+    codespell = pathlib.Path(sys.prefix) / "bin/codespell"
+    files = check("git", "-c", "safe.directory=*", "ls-files").splitlines()
+    assert check(codespell, "--check-hidden", "-L", "bu", *files) == ""
+
+
 @pytest.mark.parametrize("name", TOOLS)
 def test_man_page(name):
     page = f"man/man8/{name}.8"
@@ -112,6 +119,17 @@ def test_readme_is_short_and_narrow():
     lines = (TOP / "README.md").read_text().splitlines()
     assert len(lines) < 150
     assert [x for x in lines if len(x) > 88 and not x.startswith("|")] == []
+
+
+def test_readmes_links():
+    """To its own sections, and to files of the repository."""
+    text = (TOP / "README.md").read_text()
+    titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    sections = {"#" + title.lower().replace(" ", "-") for title in titles}
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert {"#demo", "tests/benchmarks.svg"} <= set(links)
+    for link in links:
+        assert link in sections or (TOP / link).exists(), link
 
 
 @pytest.mark.parametrize("name", TOOLS)
