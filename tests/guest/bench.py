@@ -78,6 +78,13 @@ CONNECT_OPTIONS = {
     "--json": "--json",
 }
 OUTCOMES = ("-x", "-l")
+# Both networks are looked at: the longer one first, and the address is in the other.
+WHOSE = {
+    "-a, 2 networks": "-a 198.51.100.0/24,192.0.2.0/23",
+    "-n of another name": "-n nobody",
+    "-c --per-process": "-c --per-process",
+    "-c -i": "-c -i 86400",
+}
 BCC_OPTIONS = ("-p 1", "-c")
 ACCEPT_OPTIONS = {"-c": "-c", "-q": "-q"}
 ACCEPT = {
@@ -466,6 +473,15 @@ def outcomes():
         watch_kernel(some, successes, f"a connect that succeeds, {name}", ["IPv4"])
 
 
+def whose():
+    """What is decided by address and by name, and what else is counted by."""
+    for name, given in WHOSE.items():
+        some = ours(f"tcpconnect {given}")
+        watch_kernel(some, connects, f"a connect, {name}", ["IPv4"])
+    some = ours("tcpconnect -a 2001:db8:ffff::/48,2001:db8::/47")
+    watch_kernel(some, connects, "a connect, -a, 2 networks", ["IPv6"])
+
+
 def accept():
     watch_kernel(ACCEPT, accepts, "an accept")
     for name, given in ACCEPT_OPTIONS.items():
@@ -500,7 +516,7 @@ def growth():
 
 PARTS = {
     part.__name__: part
-    for part in (quick, connect, outcomes, accept, own_cost, starts, growth)
+    for part in (quick, connect, outcomes, whose, accept, own_cost, starts, growth)
 }
 
 
