@@ -1004,6 +1004,14 @@ def test_names(shared, names):
     assert query(shared, names, "::", 6 * MS) is None
 
 
+def test_names_with_json(shared, names):
+    """Its events are longer."""
+    names.arrived.append(response("www.example.com", "192.0.2.7", ts=5 * MS))
+    names.read()
+    *own, row = event(shared, 181, "a", "192.0.2.1", "192.0.2.7", 80, ts=6 * MS)
+    assert names.query((*own, row + PROCESS)) == ("www.example.com", 1)
+
+
 def test_names_are_those_at_the_time_of_the_connect(shared, names):
     """Whatever order the buffers of several CPUs are read in."""
     names.arrived += [
