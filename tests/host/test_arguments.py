@@ -251,7 +251,7 @@ def test_all_that_count_excludes_is_named(name, tool, capsys):
 )
 def test_usage_errors_of_the_command(name, no_bcc, arguments, environment, error):
     done = run(name, *arguments, env={**no_bcc, **environment})
-    usage = "\n".join(help_text(name).splitlines()[:3])
+    usage = help_text(name).partition("\n\n")[0]
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"{usage}\n{name}: error: {error}\n"
 
