@@ -16,11 +16,12 @@
 # Arguments: the command, the current word, the previous word. bash splits --pid=18 into
 # three words.
 _tcptools() {
-    local word=${2#=} option=$3 pids=(/proc/[0-9]*)
+    local word=${2#=} option=$3 name pids=(/proc/[0-9]*)
     local before=${word%"${word##*,}"} last=${word##*,} # of a list
     local options="-h --help -V --version -t --timestamp -p --pid -P --port -4 --ipv4
-        -6 --ipv6 -u --uid --cgroup --cgroupmap --mntnsmap -T --time -U --print-uid
-        --json -c --count -b --buffer-pages"
+        -6 --ipv6 -a --addr -u --uid -n --name --cgroup --cgroupmap --mntnsmap -T --time
+        -U --print-uid --unit --json -c --count -i --interval --per-process
+        -b --buffer-pages"
     local pages="1 2 4 8 16 32 64 128 256 512 1024 2048 4096 8192 16384"
     case ${1##*/} in
     tcpconnect) options+=" -x --failed -m --min-ms -L --lport -l --latency -d --dns" ;;
@@ -34,7 +35,17 @@ _tcptools() {
     -p | --pid) set -- -P "$before" -W "${pids[*]##*/}" -- "$last" ;;
     -u | --uid) set -- -P "$before" -u -- "$last" ;;
     -b | --buffer-pages) set -- -W "$pages" -- "$word" ;;
-    -P | --port | -m | --min-ms) return ;;
+    -P | --port | -a | --addr | -m | --min-ms | -i | --interval) return ;;
+    -n | --name)
+        # A process chooses its name: -W would run a $(command) in it
+        while IFS= read -r name; do
+            printf -v name %q "$name"
+            if [[ $name == "$word"* ]]; then
+                COMPREPLY+=("$name")
+            fi
+        done < <(cat /proc/[0-9]*/comm 2>/dev/null | sort -u)
+        return
+        ;;
     --cgroupmap | --mntnsmap)
         compopt -o default # file names, by readline
         return

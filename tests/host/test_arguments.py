@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 # The seed's text, and what has been added since.
 HELP = """\
-usage: {name} [-h] [-V] [-t] [-p PID] [-P PORT] [-4 | -6] [-u UID]
+usage: {name} [-h] [-V] [-t] [-p PID] [-P PORT] [-a ADDR] [-4 | -6]
 {usage}
 
 Trace TCP {what}s
@@ -26,11 +26,13 @@ optional arguments:
   -t, --timestamp       include timestamp on output
   -p PID, --pid PID     trace this PID only
 
-filters (PID, PORT and UID may be lists: 80,443):
+filters (PID, PORT, ADDR and UID may be lists: 80,443):
   -P PORT, --port PORT  trace this {side} port only
+  -a ADDR, --addr ADDR  trace this {other} address or network only (!: not)
   -4, --ipv4            trace IPv4 only
   -6, --ipv6            trace IPv6 only
   -u UID, --uid UID     trace this user only, by number or name
+  -n NAME, --name NAME  trace this COMM only, of a thread or of its process
   --cgroup PATH         trace this cgroup, unit or container only (repeatable)
   --cgroupmap PATH      trace cgroups in this BPF map only
   --mntnsmap PATH       trace mount namespaces in this BPF map only
@@ -40,6 +42,9 @@ output:
   -U, --print-uid       include UID on output
 {columns}  --json                print one JSON object per line
   -c, --count           count {what}s per {flow}
+  -i SECONDS, --interval SECONDS
+                        with -c: print a table for each interval
+  --per-process         with -c: count per process, too: include PID, COMM
   -b PAGES, --buffer-pages PAGES
                         size of each CPU's buffer (default: 256 or less)
 
@@ -52,9 +57,12 @@ examples:
 OWN = {
     "tcpconnect": {
         "usage": """\
-                  [--cgroup PATH] [--cgroupmap PATH] [--mntnsmap PATH] [-x]
-                  [-m MS] [-T] [-U] [-L] [-l] [-d] [--json] [-c] [-b PAGES]""",
+                  [-u UID] [-n NAME] [--cgroup PATH] [--cgroupmap PATH]
+                  [--mntnsmap PATH] [-x] [-m MS] [-T] [-U] [-L] [-l]
+                  [--unit] [-d] [--json] [-c] [-i SECONDS] [--per-process]
+                  [-b PAGES]""",
         "side": "destination",
+        "other": "destination",
         "failed": """\
   -x, --failed          trace only failed connects, with the error
   -m MS, --min-ms MS    trace connects that took at least MS (alone: with -l)
@@ -62,6 +70,7 @@ OWN = {
         "columns": """\
   -L, --lport           include LPORT, the local port, on output
   -l, --latency         print each connect once it ended: include ERR, LAT(ms)
+  --unit                include UNIT, the systemd unit or container, on output
   -d, --dns             include QUERY, the likely DNS name, on output
 """,
         "flow": "source, destination and port",
@@ -72,13 +81,16 @@ OWN = {
     },
     "tcpaccept": {
         "usage": """\
-                 [--cgroup PATH] [--cgroupmap PATH] [--mntnsmap PATH] [-T]
-                 [-U] [-R] [-q] [--json] [-c] [-b PAGES]""",
+                 [-u UID] [-n NAME] [--cgroup PATH] [--cgroupmap PATH]
+                 [--mntnsmap PATH] [-T] [-U] [-R] [-q] [--unit] [--json]
+                 [-c] [-i SECONDS] [--per-process] [-b PAGES]""",
         "side": "local",
+        "other": "remote",
         "failed": "",
         "columns": """\
   -R, --rport           include RPORT, the remote port, on output
   -q, --queue           include QLEN and QMAX, the accept queue, on output
+  --unit                include UNIT, the systemd unit or container, on output
 """,
         "flow": "remote address and local port",
         "example": "",

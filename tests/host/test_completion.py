@@ -2,6 +2,7 @@
 all that they offer.
 """
 
+import contextlib
 import os
 import pathlib
 import pty
@@ -185,6 +186,22 @@ def test_pids(name, offers):
     assert all(pids.startswith(f"1,{start}") for pids in listed)
 
 
+def test_names(name, home, offers):
+    """Of running processes, each once. They may be anything: no shell runs them."""
+    odd, ours = "$(touch ran) 'x", pathlib.Path("/proc/self/comm").read_text()[:-1]
+    (home / odd).symlink_to("/bin/sleep")
+    commands = [[home / odd, str(GUARD)]] * 2
+    with contextlib.ExitStack() as stack:
+        for process in [subprocess.Popen(command) for command in commands]:
+            stack.enter_context(process)
+            stack.callback(process.kill)
+        offered = offers(f"{name} -n ")
+        assert {odd, ours} <= set(offered)
+        assert len(offered) == len(set(offered))
+        assert f"--name={ours}" in offers(f"{name} --name={ours[:-1]}")
+    assert not (home / "ran").exists()
+
+
 def test_pages(name, offers):
     powers = sorted(str(1 << n) for n in range(15))
     assert offers(f"{name} -b ") == powers
@@ -194,7 +211,8 @@ def test_pages(name, offers):
 
 
 def test_ports(name, offers):
-    assert offers(f"{name} -P ") == offers(f"{name} --port ") == []
+    for option in ("-P", "--port", "-a", "--addr", "-i", "--interval"):
+        assert offers(f"{name} {option} ") == []
     assert offers(f"{name} -P 80,4") == ["80,4"]
 
 
