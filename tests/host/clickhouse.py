@@ -105,7 +105,8 @@ def download(work):
     except FileNotFoundError:
         raise Unavailable(f"there is no npm to download {PACKAGE} with") from None
     except subprocess.CalledProcessError as error:
-        raise Unavailable(f"npm cannot download {PACKAGE}: {error.stderr}") from None
+        why = error.stderr.partition("\n")[0]
+        raise Unavailable(f"cannot download {PACKAGE}: {why}") from None
     [archive] = work.glob("*.tgz")
     assert hashlib.sha256(archive.read_bytes()).hexdigest() == SHA256, PACKAGE
     return archive
