@@ -1,16 +1,20 @@
 """examples/fleet's units under a real systemd, one of its own in a PID namespace."""
 
 import contextlib
+import gzip
+import http.server
 import json
 import pathlib
 import shutil
 import subprocess
+import threading
 
 import pytest
 from conftest import TOP, only_on, until
 from traffic import connect_refused, run_mixed_traffic
 
 FLEET = TOP / "examples/fleet"
+SHIPPER = "ship-tcptools"
 COMMON = "tcptools-.service.d"
 UNITS = ("tcptools-connect", "tcptools-failed", "tcptools-accept")
 PARANOID = pathlib.Path("/proc/sys/kernel/perf_event_paranoid")
@@ -22,16 +26,19 @@ IMMEDIATE = 10  # failures, in the noise of mixed traffic
 def installed():
     """The tools and the units, as the README there says, and an empty journal."""
     before = PARANOID.read_text()
-    for name in ("tcpconnect", "tcpaccept"):
-        shutil.copy(TOP / name, "/usr/local/sbin")
+    for file in (TOP / "tcpconnect", TOP / "tcpaccept", FLEET / SHIPPER):
+        shutil.copy(file, "/usr/local/sbin")
     units = pathlib.Path("/etc/systemd/system")
-    for unit in UNITS:
+    for unit in (*UNITS, SHIPPER):
         shutil.copy(FLEET / f"{unit}.service", units)
     shutil.copytree(FLEET / COMMON, units / COMMON, dirs_exist_ok=True)
     shutil.copy(FLEET / "journald@tcptools.conf", "/etc/systemd")
     settings = shutil.copy(FLEET / "tcptools-sysctl.conf", "/etc/sysctl.d")
     subprocess.run(["sysctl", "--quiet", f"--load={settings}"], check=True)
     shutil.rmtree("/var/log/journal", ignore_errors=True)
+    pathlib.Path("/var/log/journal").mkdir()
+    command = ["systemd-tmpfiles", "--create", "--prefix=/var/log/journal"]
+    subprocess.run(command, check=True)
     yield
     PARANOID.write_text(before)
 
@@ -79,6 +86,73 @@ def systemd():
             process.kill()
 
 
+class Database(http.server.BaseHTTPRequestHandler):
+    """In ClickHouse's place: keeps what is inserted, but refuses the first two inserts.
+
+    Not ClickHouse itself, which takes minutes to start in this guest.
+    """
+
+    logins, inserts = set(), []
+    statuses = iter((404, 503))
+
+    def do_POST(self):
+        body = gzip.decompress(self.rfile.read(int(self.headers["Content-Length"])))
+        self.logins.add(self.headers["Authorization"])
+        status = next(self.statuses, 200)
+        if status == 200:
+            self.inserts.append(body.decode())
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(b"Code: 81. DB::Exception" if status != 200 else b"")
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def database():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Database) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def ship(run, rows):
+    """These rows of the journal (lines) arrive, each once, whatever was answered."""
+    with database() as port:
+        config = pathlib.Path("/etc/ship-tcptools.conf")
+        url = f"http://127.0.0.1:{port}"
+        text = (FLEET / config.name).read_text()
+        config.write_text(text.replace("https://clickhouse.example.com:8443", url))
+        config.chmod(0o600)
+        # Small inserts, so that there are many
+        changes = pathlib.Path(f"/etc/systemd/system/{SHIPPER}.service.d/test.conf")
+        changes.parent.mkdir(exist_ok=True)
+        start = f"ExecStart=\nExecStart=/usr/local/sbin/{SHIPPER} 1 7\nRestartSec=1\n"
+        changes.write_text(f"[Service]\n{start}")
+        run("systemctl", "daemon-reload")
+        run("systemctl", "start", SHIPPER)
+        sent = []
+
+        def is_all():
+            del sent[:]
+            for insert in list(Database.inserts):
+                sent.extend(insert.partition("FORMAT JSONEachRow\n")[2].splitlines())
+            return len(sent) >= len(rows)
+
+        until(is_all)
+        run("systemctl", "stop", SHIPPER)
+    assert sorted(sent) == sorted(rows)
+    assert Database.logins == {"Basic dGNwdG9vbHM6UEFTU1dPUkQ="}  # as in the .conf
+    said = run("journalctl", "--output=cat", f"--unit={SHIPPER}")
+    for status in (404, 503):
+        assert f"ClickHouse answered {status}: Code: 81. DB::Exception" in said
+
+
 def status_of(text):
     return dict(line.split(":\t", 1) for line in text.splitlines())
 
@@ -86,8 +160,8 @@ def status_of(text):
 @only_on("sid")
 @pytest.mark.usefixtures("installed")
 def test_units():
-    """They trace, as nobody with two capabilities; their rows are in a journal; and a
-    killed one comes back.
+    """They trace, as nobody with two capabilities; their rows are in a journal, and are
+    sent from there; and a killed one comes back.
     """
     with systemd() as run:
 
@@ -146,4 +220,5 @@ def test_units():
         run("kill", "-9", pid_of(UNITS[0]))
         until(lambda: starts(UNITS[0]) == 2)
         run("systemctl", "stop", *UNITS)
+        ship(run, [line for unit in UNITS for line in lines(unit) if line[0] == "{"])
         assert run("systemctl", "list-units", "--failed", "--no-legend") == ""

@@ -36,25 +36,24 @@ INSERT = {
 
 @pytest.fixture(scope="module")
 def running(clickhouse_library, tmp_path_factory):
-    """The cluster, set up as the README says. Without ON CLUSTER, which is not in the
-    library, each server gets what it would send to all.
-    """
     top = tmp_path_factory.mktemp("cluster")
     with clickhouse.servers(clickhouse_library, top, 3) as servers:
-        for server in servers:
-            server.query("CREATE DATABASE fleet_local")
-            server.run((FLEET / "schema.sql").read_text(), database="fleet_local")
-        script = (FLEET / "cluster.sql").read_text()
-        for server in servers:
-            server.run(script.replace(" ON CLUSTER '{cluster}'", ""))
         yield servers
 
 
 @pytest.fixture
 def cluster(running):
-    """The cluster, without rows."""
+    """Three servers, set up as the README says. Without ON CLUSTER, which the library
+    does not have, each gets what it would send to all.
+    """
+    distributed = (FLEET / "cluster.sql").read_text()
     for server in running:
-        server.query("TRUNCATE TABLE fleet_local.tcp_events")
+        for name in ("fleet", "fleet_local"):
+            server.query(f"DROP DATABASE IF EXISTS {name} SYNC")
+        server.query("CREATE DATABASE fleet_local")
+        server.run((FLEET / "schema.sql").read_text(), database="fleet_local")
+    for server in running:
+        server.run(distributed.replace(" ON CLUSTER '{cluster}'", ""))
     return running
 
 
