@@ -92,6 +92,8 @@ def library():
     with open(cache / "clickhouse.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not directory.exists():
+            for old in cache.glob("clickhouse-*"):
+                shutil.rmtree(old)
             with tempfile.TemporaryDirectory(dir=cache) as work:
                 extract(download(pathlib.Path(work))).rename(directory)
     return directory / LIBRARY

@@ -79,6 +79,7 @@ def journal():
         try:
             made = Journal(process)
             until(lambda: made.socket.exists() or process.poll() is not None)
+            assert process.poll() is None, "journald does not start"
             yield made
         finally:
             process.kill()
