@@ -10,7 +10,7 @@ import subprocess
 import threading
 
 import pytest
-from conftest import TOP, only_on, until
+from conftest import TOP, only_at_both_ends, only_on, until
 from traffic import connect_refused, run_mixed_traffic
 
 FLEET = TOP / "examples/fleet"
@@ -89,7 +89,7 @@ def systemd():
 class Database(http.server.BaseHTTPRequestHandler):
     """In ClickHouse's place: keeps what is inserted, but refuses the first two inserts.
 
-    Not ClickHouse itself, which takes minutes to start in this guest.
+    tests/host/test_shipper.py has ClickHouse itself.
     """
 
     logins, inserts = set(), []
@@ -121,38 +121,6 @@ def database():
             thread.join()
 
 
-def ship(run, rows):
-    """These rows of the journal (lines) arrive, each once, whatever was answered."""
-    with database() as port:
-        config = pathlib.Path("/etc/ship-tcptools.conf")
-        url = f"http://127.0.0.1:{port}"
-        text = (FLEET / config.name).read_text()
-        config.write_text(text.replace("https://clickhouse.example.com:8443", url))
-        config.chmod(0o600)
-        # Small inserts, so that there are many
-        changes = pathlib.Path(f"/etc/systemd/system/{SHIPPER}.service.d/test.conf")
-        changes.parent.mkdir(exist_ok=True)
-        start = f"ExecStart=\nExecStart=/usr/local/sbin/{SHIPPER} 1 7\nRestartSec=1\n"
-        changes.write_text(f"[Service]\n{start}")
-        run("systemctl", "daemon-reload")
-        run("systemctl", "start", SHIPPER)
-        sent = []
-
-        def is_all():
-            del sent[:]
-            for insert in list(Database.inserts):
-                sent.extend(insert.partition("FORMAT JSONEachRow\n")[2].splitlines())
-            return len(sent) >= len(rows)
-
-        until(is_all)
-        run("systemctl", "stop", SHIPPER)
-    assert sorted(sent) == sorted(rows)
-    assert Database.logins == {"Basic dGNwdG9vbHM6UEFTU1dPUkQ="}  # as in the .conf
-    said = run("journalctl", "--output=cat", f"--unit={SHIPPER}")
-    for status in (404, 503):
-        assert f"ClickHouse answered {status}: Code: 81. DB::Exception" in said
-
-
 def status_of(text):
     return dict(line.split(":\t", 1) for line in text.splitlines())
 
@@ -160,8 +128,8 @@ def status_of(text):
 @only_on("sid")
 @pytest.mark.usefixtures("installed")
 def test_units():
-    """They trace, as nobody with two capabilities; their rows are in a journal, and are
-    sent from there; and a killed one comes back.
+    """They trace, as nobody with two capabilities; their rows are in a journal; and a
+    killed one comes back.
     """
     with systemd() as run:
 
@@ -220,5 +188,54 @@ def test_units():
         run("kill", "-9", pid_of(UNITS[0]))
         until(lambda: starts(UNITS[0]) == 2)
         run("systemctl", "stop", *UNITS)
-        ship(run, [line for unit in UNITS for line in lines(unit) if line[0] == "{"])
         assert run("systemctl", "list-units", "--failed", "--no-legend") == ""
+
+
+# In the tools' place: starts faster, and what it prints is known
+STUB = """#!/bin/bash
+for n in {1..40}; do echo "{\\"row\\": \\"$0 $* $n\\"}"; done
+echo "$0: lost 5 events" >&2
+exec sleep infinity
+"""
+
+
+def install_shipper(url):
+    """As the README says, but with small inserts, so that there are many."""
+    config = pathlib.Path("/etc/ship-tcptools.conf")
+    text = (FLEET / config.name).read_text()
+    config.write_text(text.replace("https://clickhouse.example.com:8443", url))
+    config.chmod(0o600)
+    changes = pathlib.Path(f"/etc/systemd/system/{SHIPPER}.service.d/test.conf")
+    changes.parent.mkdir(exist_ok=True)
+    start = f"ExecStart=\nExecStart=/usr/local/sbin/{SHIPPER} 1 7\nRestartSec=1\n"
+    changes.write_text(f"[Service]\n{start}")
+
+
+@only_at_both_ends
+@pytest.mark.usefixtures("installed")
+def test_shipper():
+    """The rows of the units' journal arrive, each once, after inserts were refused."""
+    for name in ("tcpconnect", "tcpaccept"):
+        pathlib.Path("/usr/local/sbin", name).write_text(STUB)
+    rows = {
+        f'{{"row": "/usr/local/sbin/{command} {n}"}}'
+        for command in ("tcpconnect --json", "tcpconnect -x --json", "tcpaccept --json")
+        for n in range(1, 41)
+    }
+
+    def sent():
+        texts = [one.partition("FORMAT JSONEachRow\n")[2] for one in Database.inserts]
+        return "".join(texts).splitlines()
+
+    with database() as port:
+        install_shipper(f"http://127.0.0.1:{port}")
+        with systemd() as run:
+            run("systemctl", "start", *UNITS, SHIPPER)
+            until(lambda: len(sent()) >= len(rows))
+            said = run("journalctl", "--output=cat", f"--unit={SHIPPER}")
+            run("systemctl", "stop", SHIPPER)
+    assert set(sent()) == rows
+    assert len(sent()) == len(rows)
+    for status in (404, 503):
+        assert f"ClickHouse answered {status}: Code: 81. DB::Exception" in said
+    assert Database.logins == {"Basic dGNwdG9vbHM6UEFTU1dPUkQ="}  # tcptools:PASSWORD
