@@ -1,16 +1,20 @@
 """examples/fleet's units under a real systemd, one of its own in a PID namespace."""
 
 import contextlib
+import gzip
+import http.server
 import json
 import pathlib
 import shutil
 import subprocess
+import threading
 
 import pytest
-from conftest import TOP, only_on, until
+from conftest import TOP, only_at_both_ends, only_on, until
 from traffic import connect_refused, run_mixed_traffic
 
 FLEET = TOP / "examples/fleet"
+SHIPPER = "ship-tcptools"
 COMMON = "tcptools-.service.d"
 UNITS = ("tcptools-connect", "tcptools-failed", "tcptools-accept")
 PARANOID = pathlib.Path("/proc/sys/kernel/perf_event_paranoid")
@@ -28,10 +32,10 @@ ExecStart=sh -c 'while :; do python3 -c "import socket; socket.socket().connect_
 def installed():
     """The tools and the units, as the README there says, and an empty journal."""
     before = PARANOID.read_text()
-    for name in ("tcpconnect", "tcpaccept"):
-        shutil.copy(TOP / name, "/usr/local/sbin")
+    for file in (TOP / "tcpconnect", TOP / "tcpaccept", FLEET / SHIPPER):
+        shutil.copy(file, "/usr/local/sbin")
     units = pathlib.Path("/etc/systemd/system")
-    for unit in UNITS:
+    for unit in (*UNITS, SHIPPER):
         shutil.copy(FLEET / f"{unit}.service", units)
     shutil.copytree(FLEET / COMMON, units / COMMON, dirs_exist_ok=True)
     (units / "probe.service").write_text(PROBE)
@@ -39,6 +43,9 @@ def installed():
     settings = shutil.copy(FLEET / "tcptools-sysctl.conf", "/etc/sysctl.d")
     subprocess.run(["sysctl", "--quiet", f"--load={settings}"], check=True)
     shutil.rmtree("/var/log/journal", ignore_errors=True)
+    pathlib.Path("/var/log/journal").mkdir()
+    command = ["systemd-tmpfiles", "--create", "--prefix=/var/log/journal"]
+    subprocess.run(command, check=True)
     yield
     PARANOID.write_text(before)
 
@@ -84,6 +91,41 @@ def systemd():
             raise
         finally:
             process.kill()
+
+
+class Database(http.server.BaseHTTPRequestHandler):
+    """In ClickHouse's place: keeps what is inserted, but refuses the first two inserts.
+
+    tests/host/test_shipper.py has ClickHouse itself.
+    """
+
+    logins, inserts = set(), []
+    statuses = iter((404, 503))
+
+    def do_POST(self):
+        body = gzip.decompress(self.rfile.read(int(self.headers["Content-Length"])))
+        self.logins.add(self.headers["Authorization"])
+        status = next(self.statuses, 200)
+        if status == 200:
+            self.inserts.append(body.decode())
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(b"Code: 81. DB::Exception" if status != 200 else b"")
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def database():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Database) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def status_of(text):
@@ -160,3 +202,53 @@ def test_units():
         until(lambda: starts(UNITS[0]) == 2)
         run("systemctl", "stop", *UNITS)
         assert run("systemctl", "list-units", "--failed", "--no-legend") == ""
+
+
+# In the tools' place: starts faster, and what it prints is known
+STUB = """#!/bin/bash
+for n in {1..40}; do echo "{\\"row\\": \\"$0 $* $n\\"}"; done
+echo "$0: lost 5 events" >&2
+exec sleep infinity
+"""
+
+
+def install_shipper(url):
+    """As the README says, but with small inserts, so that there are many."""
+    config = pathlib.Path("/etc/ship-tcptools.conf")
+    text = (FLEET / config.name).read_text()
+    config.write_text(text.replace("https://clickhouse.example.com:8443", url))
+    config.chmod(0o600)
+    changes = pathlib.Path(f"/etc/systemd/system/{SHIPPER}.service.d/test.conf")
+    changes.parent.mkdir(exist_ok=True)
+    start = f"ExecStart=\nExecStart=/usr/local/sbin/{SHIPPER} 1 7\nRestartSec=1\n"
+    changes.write_text(f"[Service]\n{start}")
+
+
+@only_at_both_ends
+@pytest.mark.usefixtures("installed")
+def test_shipper():
+    """The rows of the units' journal arrive, each once, after inserts were refused."""
+    for name in ("tcpconnect", "tcpaccept"):
+        pathlib.Path("/usr/local/sbin", name).write_text(STUB)
+    rows = {
+        f'{{"row": "/usr/local/sbin/{command} {n}"}}'
+        for command in ("tcpconnect --json", "tcpconnect -x --json", "tcpaccept --json")
+        for n in range(1, 41)
+    }
+
+    def sent():
+        texts = [one.partition("FORMAT JSONEachRow\n")[2] for one in Database.inserts]
+        return "".join(texts).splitlines()
+
+    with database() as port:
+        install_shipper(f"http://127.0.0.1:{port}")
+        with systemd() as run:
+            run("systemctl", "start", *UNITS, SHIPPER)
+            until(lambda: len(sent()) >= len(rows))
+            said = run("journalctl", "--output=cat", f"--unit={SHIPPER}")
+            run("systemctl", "stop", SHIPPER)
+    assert set(sent()) == rows
+    assert len(sent()) == len(rows)
+    for status in (404, 503):
+        assert f"ClickHouse answered {status}: Code: 81. DB::Exception" in said
+    assert Database.logins == {"Basic dGNwdG9vbHM6UEFTU1dPUkQ="}  # tcptools:PASSWORD

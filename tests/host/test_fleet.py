@@ -953,7 +953,7 @@ def test_vectors_configuration():
     common = (FLEET / "tcptools-.service.d/common.conf").read_text()
     assert f"\nLogNamespace={source['journal_namespace']}\n" in common
     assert (FLEET / f"journald@{source['journal_namespace']}.conf").exists()
-    units = {path.stem for path in FLEET.glob("*.service")}
+    units = {path.stem for path in FLEET.glob("tcptools-*.service")}
     assert set(source["include_units"]) == units
     assert f"{sink['database']}.{sink['table']} " in (FLEET / "cluster.sql").read_text()
     known = set(config["sources"]) | set(config["transforms"]) | {"rows.dropped"}

@@ -16,6 +16,7 @@ SHELL = (
     ".ci/run",
     ".packaging/deb",
     "examples/demo",
+    "examples/fleet/ship-tcptools",
 )
 # Python without .py, which ruff does not find by itself.
 PYTHON = (*TOOLS, "examples/fleet/servicemap", "tests/bench", "tests/share")

@@ -1,0 +1,216 @@
+"""examples/fleet/ship-tcptools, from a real journal to a real ClickHouse server, which
+is away for a while.
+"""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import clickhouse
+import pytest
+from test_fleet import FLEET, text
+from test_server import ALL, QUERIES, ask, expected, traffic
+
+JOURNALD = "/lib/systemd/systemd-journald"
+DEADLINE = 300  # seconds until what does not come is held to be missing
+
+# journald for one namespace, with a /run and a /var/log of its own.
+START = f"""
+mount -t tmpfs none /run
+mount -t tmpfs none /var/log
+mkdir -p /var/log/journal /run/systemd/journal.tcptools
+mkdir /run/systemd/journald@tcptools.conf.d
+cp "$0" /run/systemd/journald@tcptools.conf.d
+echo 0123456789abcdef0123456789abcdef >/run/machine-id
+mount --bind /run/machine-id /etc/machine-id
+exec {JOURNALD} tcptools
+"""
+
+
+def until(there_is):
+    deadline = time.monotonic() + DEADLINE
+    while not (found := there_is()):
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.2)
+    return found
+
+
+# As systemd connects a unit's stdout: a header, then what the process writes. journald
+# looks a process's unit up once, so each unit needs a process of its own.
+WRITE = """
+import socket, sys
+path, unit = sys.argv[1:]
+with socket.socket(socket.AF_UNIX) as stdout:
+    stdout.connect(path)
+    stdout.sendall(f"{unit}\\n{unit}.service\\n6\\n0\\n0\\n0\\n0\\n".encode())
+    stdout.sendall(sys.stdin.buffer.read())
+"""
+
+
+class Journal:
+    """The journal of the units' namespace."""
+
+    def __init__(self, process):
+        self.enter = ["nsenter", f"--target={process.pid}", "--mount"]
+        self.socket = pathlib.Path(
+            f"/proc/{process.pid}/root/run/systemd/journal.tcptools/stdout"
+        )
+
+    def write(self, unit, lines):
+        """Lines (bytes) of a unit."""
+        command = [sys.executable, "-c", WRITE, self.socket, unit]
+        subprocess.run(command, input=lines, check=True)
+
+
+@pytest.fixture
+def journal():
+    if not os.path.exists(JOURNALD) or shutil.which("curl") is None:
+        pytest.skip("needs systemd's journald, and curl")
+    if subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
+        pytest.skip("may not mount here")
+    settings = FLEET / "journald@tcptools.conf"
+    with subprocess.Popen(
+        ["unshare", "--mount", "sh", "-e", "-c", START, settings]
+    ) as process:
+        try:
+            made = Journal(process)
+            until(lambda: made.socket.exists() or process.poll() is not None)
+            assert process.poll() is None, "journald does not start"
+            yield made
+        finally:
+            process.kill()
+
+
+class Shipper:
+    """ship-tcptools, which is started again when it exits, as systemd does."""
+
+    def __init__(self, journal, directory, url):
+        state, credentials = directory / "state", directory / "credentials"
+        state.mkdir()
+        credentials.mkdir()
+        self.cursor, self.log = state / "cursor", directory / "log"
+        self.config = credentials / "clickhouse"
+        text = (FLEET / "ship-tcptools.conf").read_text()
+        self.config.write_text(text.replace("https://clickhouse.example.com:8443", url))
+        self.command = [*journal.enter, FLEET / "ship-tcptools", "0.1", "100"]
+        self.environment = {
+            **os.environ,
+            "STATE_DIRECTORY": str(state),
+            "CREDENTIALS_DIRECTORY": str(credentials),
+        }
+        self.process = None
+
+    def start(self):
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, stderr=log, env=self.environment
+            )
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+    def set_password(self, old, new):
+        text = self.config.read_text()
+        assert f'tcptools:{old}"' in text
+        self.config.write_text(text.replace(f"tcptools:{old}", f"tcptools:{new}"))
+
+    def run_until(self, there_is):
+        def has_come():
+            if self.process.poll() is not None:
+                assert self.process.returncode > 0
+                self.start()
+            return there_is()
+
+        return until(has_come)
+
+    def run_until_it_says(self, message):
+        """On stderr, from now on."""
+        said = self.log.stat().st_size
+        self.run_until(lambda: message in self.log.read_text()[said:])
+
+
+@pytest.fixture
+def shipper(journal, server, tmp_path):
+    made = Shipper(journal, tmp_path, server.url)
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def server(clickhouse_library, tmp_path):
+    with clickhouse.servers(clickhouse_library, tmp_path) as [server]:
+        yield server
+
+
+def times(server):
+    """The times of all rows, each once."""
+    with contextlib.suppress(OSError, clickhouse.Refused):
+        rows = server.query(
+            "SELECT ts FROM fleet.tcp_events FINAL ORDER BY ts",
+            date_time_output_format="iso",
+        )
+        return rows.splitlines()
+
+
+def write(journal, events):
+    """The tools' lines, with messages between them, and a tool that was killed."""
+    for n, unit in enumerate(("connect", "failed", "accept")):
+        lines = text(events[n::3])
+        message = f"tcp{unit}: lost 5 events\n".encode()
+        journal.write(f"tcptools-{unit}", message + lines + lines[:99])
+    journal.write("tcptools-other", text(events).replace(b'"h', b'"stranger'))
+
+
+def inserted(server):
+    """How many rows it has taken since its start."""
+    sql = "SELECT sum(value) FROM system.events WHERE event = 'InsertedRows'"
+    return int(server.query(sql))
+
+
+def test_nothing_is_lost(journal, server, shipper):
+    """The server is not up, does not know the password, has no table, and is killed
+    between inserts and while it gets them: in the end it has all rows, each once.
+    """
+    events = list(traffic(900))
+    assert len({event["ts"] for event in events}) == len(events)
+
+    def write_rows(begin, end):
+        write(journal, events[begin:end])
+
+    def has(count):
+        wanted = sorted(row["ts"] for row in events[:count])
+        return lambda: times(server) == wanted
+
+    server.kill()
+    write_rows(0, 300)
+    shipper.run_until_it_says("curl: (7)")
+    server.start()
+    shipper.run_until_it_says("ClickHouse answered 403: Code: 516.")
+    shipper.set_password("PASSWORD", "secret")
+    shipper.run_until_it_says("ClickHouse answered 404: Code: 81.")
+    server.query("CREATE DATABASE fleet")
+    server.run((FLEET / "schema.sql").read_text(), database="fleet")
+    shipper.run_until(has(300))
+
+    write_rows(300, 1000)
+    shipper.run_until(lambda: len(times(server)) > 300)
+    server.kill()
+    write_rows(1000, len(events))
+    shipper.run_until_it_says("curl: (7)")
+    server.start()
+    shipper.run_until(has(len(events)))
+
+    before = inserted(server)
+    shipper.stop()
+    shipper.cursor.unlink()
+    shipper.start()
+    shipper.run_until(lambda: inserted(server) >= before + len(events))
+    assert has(len(events))()
+    found = {query: ask(server, query, *ALL) for query in QUERIES}
+    assert found == expected(events, *ALL)
