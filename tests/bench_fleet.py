@@ -33,6 +33,20 @@ REPEATS = 3
 MOST_MB = 1000  # for all that is measured here
 INSERT_CONNECTIONS = 250_000  # per batch
 LINES = 1_000_000  # for loading
+EDGES = 1_200_000  # of a large map
+
+# Accepts, each of a client of its own.
+CLIENTS = """
+SELECT
+    fromUnixTimestamp64Micro(toInt64(1795392000000000 + number * 100), 'UTC') AS ts,
+    'server' AS host, 'accept' AS event, 900 AS pid, 901 AS tid, 33 AS uid,
+    'nginx' AS comm, toIPv6(
+        concat('2001:db8::', hex(intDiv(number, 65536)), ':', hex(number % 65536))
+    ) AS saddr,
+    32768 + number % 28000 AS sport, toIPv6('10.2.0.1') AS daddr, 443 AS dport,
+    4026531840 AS netns, 4000 AS cgroup
+FROM numbers({edges})
+"""
 
 # The rows of one side of connections: {side} is 1 for connects, 2 for accepts.
 # {connections} is how many there are in the day. Number n is of client n % 1000 and
@@ -217,19 +231,39 @@ def script(lines):
         answer = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
         seconds = time.monotonic() - began
     agree(expected, map(json.loads, answer.splitlines()))
+    return children(seconds)
+
+
+def large_map(edges):
+    """What servicemap takes for a map of so many edges, as a command."""
+    servicemap = load_servicemap()
+    with tempfile.TemporaryDirectory() as directory:
+        with servicemap.database() as session:
+            write_lines(session, CLIENTS.format(edges=edges), f"{directory}/lines")
+        began = time.monotonic()
+        command = [sys.executable, SERVICEMAP, f"{directory}/lines"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            lines = sum(1 for _ in process.stdout)
+        seconds = time.monotonic() - began
+    if (lines, process.returncode) != (1 + edges, 0):
+        sys.exit(f"bench_fleet: error: servicemap printed {lines} lines for {edges}")
+    return children(seconds)
+
+
+def children(seconds):
+    """The figures of the one child process, which took so long."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_seconds = usage.ru_utime + usage.ru_stime
     return check_peaks(
         {
             "seconds": [seconds],
-            "cpu_seconds": [cpu_seconds],
+            "cpu_seconds": [usage.ru_utime + usage.ru_stime],
             "peaks": [megabytes(usage)],
         }
     )
 
 
 def measure(what, number):
-    """What a process of its own has measured: join, load or script."""
+    """What a process of its own has measured: join, load, script or large_map."""
     command = [sys.executable, __file__, what, str(number)]
     return json.loads(
         subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
@@ -262,12 +296,14 @@ def figures():
     yield figure("servicemap", f"load {LINES:,} lines, CPU s", found["cpu_seconds"])
     peak = f"load {LINES:,} lines, peak of the process after {REPEATS}, MB"
     yield figure("servicemap", peak, found["peaks"][-1:])
-    largest = SIZES[-1]
-    found = measure("script", largest)
-    whole = f"{largest:,} lines as a command"
-    yield figure("servicemap", f"{whole}, s", found["seconds"])
-    yield figure("servicemap", f"{whole}, CPU s", found["cpu_seconds"])
-    yield figure("servicemap", f"{whole}, peak of the process, MB", found["peaks"])
+    for what, number, whole in (
+        ("script", SIZES[-1], f"{SIZES[-1]:,} lines as a command"),
+        ("large_map", EDGES, f"a map of {EDGES:,} edges as a command"),
+    ):
+        found = measure(what, number)
+        yield figure("servicemap", f"{whole}, s", found["seconds"])
+        yield figure("servicemap", f"{whole}, CPU s", found["cpu_seconds"])
+        yield figure("servicemap", f"{whole}, peak of the process, MB", found["peaks"])
 
 
 def figure(tool, what, values):
@@ -276,8 +312,8 @@ def figure(tool, what, values):
 
 def main():
     if sys.argv[1:]:
-        what = {"join": join, "load": load, "script": script}[sys.argv[1]]
-        print(json.dumps(what(int(sys.argv[2]))))
+        whats = {"join": join, "load": load, "script": script, "large_map": large_map}
+        print(json.dumps(whats[sys.argv[1]](int(sys.argv[2]))))
         return
     for figure in figures():
         print(json.dumps(figure), flush=True)

@@ -7,12 +7,12 @@
 
 CREATE DATABASE IF NOT EXISTS fleet ON CLUSTER '{cluster}';
 
--- The rows of a connection go to the same server, whichever host they come from.
+-- The rows of a connection go to the same server, whichever host they come from: by the
+-- source port, which most address translation keeps. Hashed, as Linux gives every other
+-- port first.
 CREATE TABLE IF NOT EXISTS fleet.tcp_events ON CLUSTER '{cluster}'
 AS fleet_local.tcp_events
-ENGINE = Distributed(
-    '{cluster}', fleet_local, tcp_events, cityHash64(saddr, sport, daddr, dport)
-);
+ENGINE = Distributed('{cluster}', fleet_local, tcp_events, cityHash64(sport));
 
 -- So each server can join its own. Of these, all rows travel.
 CREATE OR REPLACE VIEW fleet.tcp_connections ON CLUSTER '{cluster}' AS
@@ -34,7 +34,7 @@ SELECT * FROM cluster('{cluster}', view(
         multiIf(is_matched, '', is_client_known, client_host, server_host) AS observer,
         multiIf(is_matched, toIPv6('::'), is_client_known, daddr, saddr) AS other,
         if(is_matched, toDateTime(0, 'UTC'), toStartOfHour(ts)) AS hour,
-        count() AS connections, min(ts) AS first_seen, max(ts) AS last_seen
+        nat, count() AS connections, min(ts) AS first_seen, max(ts) AS last_seen
     FROM fleet_local.tcp_connections(
         since = {since:DateTime64(6, 'UTC')}, until = {until:DateTime64(6, 'UTC')}
     )

@@ -61,6 +61,18 @@ SETTINGS ttl_only_drop_parts = 1;
 -- accept and connect where a clock is behind. A connect that is followed by its failure
 -- (tcpconnect -x) is no connection.
 --
+-- Clocks that are off by more are corrected first, for the order only: how far is
+-- computed as in clocks.sql. The times that are shown are the hosts' own.
+--
+-- Network address translation changes one end's addresses or ports on the way, and the
+-- connect and the accept are in different flows. Of what is left alone, two are paired
+-- that have the same source port, are at most 1 s apart, and have
+--   dnat  the same source address: a published port, a service address;
+--   snat  the same destination: masquerading. If the server has accepted anything from
+--         the address that the client connects from, that is not translated, and the
+--         accept has been lost.
+-- No other that is left alone, and could be paired with either, may be within 1 s.
+--
 -- The connections are those from `since` on and before `until`, by the connect's time
 -- where it is known. Events 10 minutes before and after take part, so that no pair is
 -- cut: an accept may be 60 s later, and a failure some minutes.
@@ -71,17 +83,156 @@ CREATE OR REPLACE VIEW tcp_connections AS
 WITH
     toInt64(60000000) AS longest_wait,      -- microseconds, like all times here
     toInt64(1000000) AS clock_difference,
+    toInt64(1000000) AS translation_time,
+    toInt64(4000000000000000000) AS never,
     greatest(                               -- toStartOfHour knows nothing before 1970
         {since:DateTime64(6, 'UTC')} - INTERVAL 10 MINUTE, toDateTime64(0, 6, 'UTC')
     ) AS first_ts,
     {until:DateTime64(6, 'UTC')} + INTERVAL 10 MINUTE AS end_ts,
+    -- Clocks, the same text as in clocks.sql. The difference between an accept and its
+    -- connect is that of two hosts' clocks, and the time that the connection took.
+    toInt64(500000) AS least_offset,
+    toInt64(60000000) AS largest_offset,
+    toInt64(1000000) AS widest_spread,      -- of the middle half of two hosts' flows
+    5 AS least_flows,                       -- of two hosts
+    500000 AS most_rows,
+    (
+        SELECT intDiv(count(), most_rows) + 1
+        FROM tcp_events
+        WHERE
+            ts >= first_ts AND ts < end_ts
+            AND toStartOfHour(ts) >= toStartOfHour(first_ts)
+            AND toStartOfHour(ts) <= toStartOfHour(end_ts)
+    ) AS ports,                             -- one of so many is enough
+    clock_events AS
+    (
+        SELECT
+            host, event = 'accept' AS is_accept,
+            toUnixTimestamp64Micro(ts) - latency_us AS time,
+            sipHash64(saddr, sport, daddr, dport, toStartOfTenMinutes(ts)) AS flow
+        FROM tcp_events
+        WHERE
+            event IN ('connect', 'connected', 'accept')
+            AND intHash32(sport) % ports = 0
+            AND ts >= first_ts AND ts < end_ts
+            AND toStartOfHour(ts) >= toStartOfHour(first_ts)
+            AND toStartOfHour(ts) <= toStartOfHour(end_ts)
+    ),
+    -- Flows with one connect and one accept in ten minutes: these belong together. A
+    -- line that is there twice is one.
+    single_flows AS
+    (
+        SELECT
+            toString(anyIf(host, NOT is_accept)) AS client_host,
+            toString(anyIf(host, is_accept)) AS server_host,
+            minIf(time, NOT is_accept) AS connect_time,
+            minIf(time, is_accept) AS accept_time,
+            accept_time - connect_time AS difference
+        FROM clock_events
+        GROUP BY flow
+        HAVING
+            client_host != '' AND server_host != '' AND client_host != server_host
+            AND connect_time = maxIf(time, NOT is_accept)
+            AND accept_time = maxIf(time, is_accept)
+            AND abs(difference) <= largest_offset
+    ),
+    host_pairs AS
+    (
+        SELECT
+            client_host, server_host,
+            quantilesExact(0.25, 0.5, 0.75)(difference) AS quartiles,
+            count() AS flows
+        FROM single_flows
+        GROUP BY client_host, server_host
+        HAVING flows >= least_flows AND quartiles[3] - quartiles[1] <= widest_spread
+    ),
+    -- Empty where all clocks are right
+    (
+        SELECT if(
+            max(abs(quartiles[2])) < least_offset, [],
+            groupArray((client_host, server_host, quartiles[2], flows))
+        )
+        FROM host_pairs
+    ) AS differences,
+    -- By how much the clock of host is ahead of peer's. Each host is also its own peer.
+    links AS
+    (
+        SELECT link.1 AS host, link.2 AS peer, link.3 AS difference, link.4 AS flows
+        FROM
+        (
+            SELECT
+                arrayJoin(differences) AS pair,
+                arrayJoin([
+                    (pair.1, pair.2, -pair.3, pair.4),
+                    (pair.2, pair.1, pair.3, pair.4),
+                    (pair.1, pair.1, toInt64(0), toUInt64(-1)),
+                    (pair.2, pair.2, toInt64(0), toUInt64(-1))
+                ]) AS link
+        )
+    ),
+    -- A breadth-first search: each host is ahead by so much of the root, which is the
+    -- host with the most links. Which it is spreads by one link in each round. Of peers
+    -- with the same root, the one with the most flows counts.
+    round0 AS
+    (
+        SELECT host, ((count(), host), toInt64(0)) AS seen FROM links GROUP BY host
+    ),
+    round1 AS
+    (
+        SELECT
+            links.host AS host,
+            argMax((last.seen.1, last.seen.2 + difference), (last.seen.1, flows))
+                AS seen
+        FROM links INNER JOIN round0 AS last ON last.host = links.peer
+        GROUP BY links.host
+    ),
+    round2 AS
+    (
+        SELECT
+            links.host AS host,
+            argMax((last.seen.1, last.seen.2 + difference), (last.seen.1, flows))
+                AS seen
+        FROM links INNER JOIN round1 AS last ON last.host = links.peer
+        GROUP BY links.host
+    ),
+    round3 AS
+    (
+        SELECT
+            links.host AS host,
+            argMax((last.seen.1, last.seen.2 + difference), (last.seen.1, flows))
+                AS seen
+        FROM links INNER JOIN round2 AS last ON last.host = links.peer
+        GROUP BY links.host
+    ),
+    round4 AS
+    (
+        SELECT
+            links.host AS host,
+            argMax((last.seen.1, last.seen.2 + difference), (last.seen.1, flows))
+                AS seen
+        FROM links INNER JOIN round3 AS last ON last.host = links.peer
+        GROUP BY links.host
+    ),
+    -- The median of those with the same root is right: most clocks are.
+    offsets AS
+    (
+        SELECT
+            host,
+            seen.2 - quantileExact(0.5)(seen.2) OVER (PARTITION BY seen.1) AS offset_us
+        FROM round4
+    ),
+    clocks AS (SELECT * FROM offsets WHERE abs(offset_us) >= least_offset),
+    -- Clocks end.
+    (SELECT (groupArray(host), groupArray(offset_us)) FROM clocks) AS corrections,
     events AS
     (
         SELECT
             -- connected is a connect, and has the time at which that succeeded
             tcp_events.event = 'connected' AS is_late,
             ts - toIntervalMicrosecond(if(is_late, latency_us, 0)) AS event_ts,
-            toUnixTimestamp64Micro(event_ts) AS time,
+            toUnixTimestamp64Micro(event_ts) - transform(
+                toString(host), corrections.1, corrections.2, toInt64(0)
+            ) AS time,
             if(is_late, 'connect', tcp_events.event) AS event,
             host, pid, comm, saddr, sport, daddr, dport, is_loopback,
             sipHash128(
@@ -128,7 +279,7 @@ WITH
             event = 'connect' AND next_event = 'connect_failed' AS has_failed
         FROM events
         WINDOW w AS (
-            PARTITION BY flow ORDER BY event_ts, event
+            PARTITION BY flow ORDER BY time, event
             ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING
         )
     ),
@@ -141,26 +292,159 @@ WITH
             place % 2 = 1 AS is_second_of_pair
         FROM neighbours
         WINDOW so_far AS (
-            PARTITION BY flow ORDER BY event_ts, event
+            PARTITION BY flow ORDER BY time, event
             ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW
         )
+    ),
+    untranslated AS
+    (
+        SELECT
+            -- The connect's time, where it is known
+            if(event = 'accept' AND is_first_of_pair, next_ts, event_ts) AS ts,
+            time, flow, saddr, sport, daddr, dport, is_loopback,
+            is_first_of_pair AS is_pair, NOT is_pair AND NOT is_loopback AS is_alone,
+            if(is_alone, sipHash128(saddr, sport), flow) AS end,
+            event, host, pid, comm,
+            if(is_first_of_pair, next_host, '') AS other_host,
+            if(is_first_of_pair, next_pid, 0) AS other_pid,
+            if(is_first_of_pair, next_comm, '') AS other_comm,
+            '' AS nat
+        FROM pairs
+        WHERE event != 'connect_failed' AND NOT is_second_of_pair AND NOT has_failed
+    ),
+    -- From which addresses a server has accepted: a client there is not translated.
+    reached AS
+    (
+        SELECT saddr, daddr
+        FROM tcp_events
+        WHERE
+            event = 'accept' AND ts >= first_ts AND ts < end_ts
+            AND toStartOfHour(ts) >= toStartOfHour(first_ts)
+            AND toStartOfHour(ts) <= toStartOfHour(end_ts)
+            -- Few, where most clients are outside the fleet
+            AND saddr IN (
+                SELECT saddr
+                FROM tcp_events
+                WHERE
+                    event IN ('connect', 'connected') AND ts >= first_ts AND ts < end_ts
+                    AND toStartOfHour(ts) >= toStartOfHour(first_ts)
+                    AND toStartOfHour(ts) <= toStartOfHour(end_ts)
+            )
+    ),
+    -- What is alone, by its source port and address, in order of time
+    dnat_neighbours AS
+    (
+        SELECT
+            *,
+            lagInFrame(time, 2, -never) OVER w AS time_before_last,
+            lagInFrame(time, 1, -never) OVER w AS last_time,
+            lagInFrame(event) OVER w AS last_event,
+            leadInFrame(time, 1, never) OVER w AS next_time,
+            leadInFrame(time, 2, never) OVER w AS time_after_next,
+            leadInFrame(event) OVER w AS next_event,
+            leadInFrame(ts) OVER w AS next_ts,
+            leadInFrame(saddr) OVER w AS next_saddr,
+            leadInFrame(daddr) OVER w AS next_daddr,
+            leadInFrame(dport) OVER w AS next_dport,
+            leadInFrame(host) OVER w AS next_host,
+            leadInFrame(pid) OVER w AS next_pid,
+            leadInFrame(comm) OVER w AS next_comm,
+            is_alone AND event != next_event AND next_time - time <= translation_time
+                AND time - last_time > translation_time
+                AND time_after_next - next_time > translation_time AS is_first,
+            is_alone AND event != last_event AND time - last_time <= translation_time
+                AND next_time - time > translation_time
+                AND last_time - time_before_last > translation_time AS is_second
+        FROM untranslated
+        WINDOW w AS (
+            PARTITION BY end ORDER BY time, event
+            ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING
+        )
+    ),
+    dnat AS
+    (
+        SELECT
+            is_first AND event = 'accept' AS takes_next,
+            if(takes_next, n.next_ts, n.ts) AS ts,
+            time, flow, sport,
+            if(takes_next, n.next_saddr, n.saddr) AS saddr,
+            if(takes_next, n.next_daddr, n.daddr) AS daddr,
+            if(takes_next, n.next_dport, n.dport) AS dport,
+            is_loopback, n.is_pair OR is_first AS is_pair,
+            n.is_alone AND NOT is_first AS is_alone,
+            if(
+                is_alone AND NOT (event = 'connect' AND (n.saddr, n.daddr) IN reached),
+                sipHash128(sport, n.daddr, n.dport), flow
+            ) AS end,
+            event, host, pid, comm,
+            if(is_first, next_host, n.other_host) AS other_host,
+            if(is_first, next_pid, n.other_pid) AS other_pid,
+            if(is_first, next_comm, n.other_comm) AS other_comm,
+            if(is_first, 'dnat', n.nat) AS nat
+        FROM dnat_neighbours AS n
+        WHERE NOT is_second
+    ),
+    -- What still is, by its source port and destination
+    snat_neighbours AS
+    (
+        SELECT
+            *,
+            lagInFrame(time, 2, -never) OVER w AS time_before_last,
+            lagInFrame(time, 1, -never) OVER w AS last_time,
+            lagInFrame(event) OVER w AS last_event,
+            leadInFrame(time, 1, never) OVER w AS next_time,
+            leadInFrame(time, 2, never) OVER w AS time_after_next,
+            leadInFrame(event) OVER w AS next_event,
+            leadInFrame(ts) OVER w AS next_ts,
+            leadInFrame(saddr) OVER w AS next_saddr,
+            leadInFrame(daddr) OVER w AS next_daddr,
+            leadInFrame(dport) OVER w AS next_dport,
+            leadInFrame(host) OVER w AS next_host,
+            leadInFrame(pid) OVER w AS next_pid,
+            leadInFrame(comm) OVER w AS next_comm,
+            is_alone AND event != next_event AND next_time - time <= translation_time
+                AND time - last_time > translation_time
+                AND time_after_next - next_time > translation_time AS is_first,
+            is_alone AND event != last_event AND time - last_time <= translation_time
+                AND next_time - time > translation_time
+                AND last_time - time_before_last > translation_time AS is_second
+        FROM dnat
+        WINDOW w AS (
+            PARTITION BY end ORDER BY time, event
+            ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING
+        )
+    ),
+    snat AS
+    (
+        SELECT
+            is_first AND event = 'accept' AS takes_next,
+            if(takes_next, n.next_ts, n.ts) AS ts,
+            time, flow, sport,
+            if(takes_next, n.next_saddr, n.saddr) AS saddr,
+            if(takes_next, n.next_daddr, n.daddr) AS daddr,
+            if(takes_next, n.next_dport, n.dport) AS dport,
+            is_loopback, n.is_pair OR is_first AS is_pair,
+            event, host, pid, comm,
+            if(is_first, next_host, n.other_host) AS other_host,
+            if(is_first, next_pid, n.other_pid) AS other_pid,
+            if(is_first, next_comm, n.other_comm) AS other_comm,
+            if(is_first, 'snat', n.nat) AS nat
+        FROM snat_neighbours AS n
+        WHERE NOT is_second
     )
 SELECT
-    -- The connect's time, where it is known
-    if(event = 'accept' AND is_first_of_pair, next_ts, event_ts) AS ts,
-    saddr, sport, daddr, dport, is_loopback,
-    event = 'connect' OR is_first_of_pair AS is_client_known,
-    multiIf(event = 'connect', host, is_first_of_pair, next_host, '') AS client_host,
-    multiIf(event = 'connect', pid, is_first_of_pair, next_pid, 0) AS client_pid,
-    multiIf(event = 'connect', comm, is_first_of_pair, next_comm, '') AS client_comm,
-    event = 'accept' OR is_first_of_pair AS is_server_known,
-    multiIf(event = 'accept', host, is_first_of_pair, next_host, '') AS server_host,
-    multiIf(event = 'accept', pid, is_first_of_pair, next_pid, 0) AS server_pid,
-    multiIf(event = 'accept', comm, is_first_of_pair, next_comm, '') AS server_comm
-FROM pairs
-WHERE
-    event != 'connect_failed' AND NOT is_second_of_pair AND NOT has_failed
-    AND ts >= {since:DateTime64(6, 'UTC')} AND ts < {until:DateTime64(6, 'UTC')};
+    ts, saddr, sport, daddr, dport, is_loopback,
+    event = 'connect' OR is_pair AS is_client_known,
+    multiIf(event = 'connect', host, is_pair, other_host, '') AS client_host,
+    multiIf(event = 'connect', pid, is_pair, other_pid, 0) AS client_pid,
+    multiIf(event = 'connect', comm, is_pair, other_comm, '') AS client_comm,
+    event = 'accept' OR is_pair AS is_server_known,
+    multiIf(event = 'accept', host, is_pair, other_host, '') AS server_host,
+    multiIf(event = 'accept', pid, is_pair, other_pid, 0) AS server_pid,
+    multiIf(event = 'accept', comm, is_pair, other_comm, '') AS server_comm,
+    nat
+FROM snat
+WHERE ts >= {since:DateTime64(6, 'UTC')} AND ts < {until:DateTime64(6, 'UTC')};
 
 -- The connections between the same two, counted. Where an end is not known, there are
 -- its address and the hour, which tell whose it may be, and the observer: the host of
@@ -174,7 +458,7 @@ SELECT
     multiIf(is_matched, '', is_client_known, client_host, server_host) AS observer,
     multiIf(is_matched, toIPv6('::'), is_client_known, daddr, saddr) AS other,
     if(is_matched, toDateTime(0, 'UTC'), toStartOfHour(ts)) AS hour,
-    count() AS connections, min(ts) AS first_seen, max(ts) AS last_seen
+    nat, count() AS connections, min(ts) AS first_seen, max(ts) AS last_seen
 FROM tcp_connections(
     since = {since:DateTime64(6, 'UTC')}, until = {until:DateTime64(6, 'UTC')}
 )

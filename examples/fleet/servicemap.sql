@@ -2,6 +2,8 @@
 -- connects to, from `since` on and before `until`.
 --
 -- known: "both"; "client" where the accept is missing, "server" where the connect is.
+-- nat: "dnat" or "snat" where both ends were matched across address translation, as
+-- schema.sql says; else empty. The port is the one that the client connected to.
 --
 -- Of an end that is not known there is the address. Its host is named if exactly one
 -- host had the address in that hour, else the observer if it had it. A loopback address
@@ -52,9 +54,10 @@ SELECT
     multiIf(is_matched, 'both', is_client_known, 'client', 'server') AS known,
     sum(edges.connections) AS connections,
     min(edges.first_seen) AS first_seen,
-    max(edges.last_seen) AS last_seen
+    max(edges.last_seen) AS last_seen,
+    edges.nat AS nat
 FROM edges
 GROUP BY ALL
 ORDER BY
     client_host, client_comm, client_address,
-    server_host, server_comm, server_address, port;
+    server_host, server_comm, server_address, port, nat;

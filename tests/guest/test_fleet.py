@@ -26,6 +26,29 @@ ADDRESSES = {
 }
 CLONE_NEWNET = 0x40000000
 
+# A container on web1, which masquerades it. The port is kept except towards port 8001.
+CONTAINER, CONTAINERS_GATEWAY = "10.88.0.2", "10.88.0.1"
+MASQUERADE = f"""
+table ip fleet {{
+    chain postrouting {{
+        type nat hook postrouting priority 100
+        ip saddr {CONTAINER} tcp dport 8001 masquerade fully-random
+        ip saddr {CONTAINER} masquerade
+    }}
+}}
+"""
+
+# A service address, which web1 translates into that of app2's gunicorn
+SERVICE = "198.51.100.1"
+DESTINATION_NAT = f"""
+table ip service {{
+    chain output {{
+        type nat hook output priority -100
+        ip daddr {SERVICE} tcp dport 80 dnat to {ADDRESSES["app2"][0]}:8000
+    }}
+}}
+"""
+
 
 @contextlib.contextmanager
 def network():
@@ -41,21 +64,40 @@ def network():
             f"-netns {host} link set eth0 up",
             f"-netns {host} link set lo up",
         ]
+    commands += [
+        "netns add container",
+        "link add eth0 netns container type veth peer name to_container netns web1",
+        f"-netns container address add {CONTAINER}/24 dev eth0",
+        "-netns container link set eth0 up",
+        f"-netns container route add default via {CONTAINERS_GATEWAY}",
+        f"-netns web1 address add {CONTAINERS_GATEWAY}/24 dev to_container",
+        "-netns web1 link set to_container up",
+        f"-netns web1 route add {SERVICE} dev eth0",
+        "netns exec web1 sysctl --quiet net.ipv4.ip_forward=1",
+        "netns exec web1 nft --file -",
+    ]
     try:
         for command in commands:
-            subprocess.run(["ip", *command.split()], check=True)
+            subprocess.run(
+                ["ip", *command.split()],
+                input=MASQUERADE + DESTINATION_NAT,
+                text=True,
+                check=True,
+            )
         yield
     finally:
-        for command in [f"netns delete {host}" for host in HOSTS] + [
+        for command in [f"netns delete {host}" for host in (*HOSTS, "container")] + [
             "link delete fleet"
         ]:
             subprocess.run(["ip", *command.split()], check=False)
 
 
-def enter(host, cgroups):
-    """Make this process one of that host: in its network namespace and cgroup."""
+def enter(host, cgroups, container=None):
+    """Make this process one of that host: in its cgroup, and in its network namespace
+    or that of a container.
+    """
     (cgroups / host / "cgroup.procs").write_text(str(os.getpid()))
-    with open(f"/run/netns/{host}") as namespace:
+    with open(f"/run/netns/{container or host}") as namespace:
         assert ctypes.CDLL(None).setns(namespace.fileno(), CLONE_NEWNET) == 0
 
 
@@ -81,11 +123,11 @@ def serve(host, cgroups, listening, ready):
                     connection.recv(1)  # the client closes it
 
 
-def connect(host, cgroups, family, to, count, ports):
+def connect(host, cgroups, container, family, to, count, ports):
     """Connect to an (address, port) `count` times, each accepted before the next, from
     these local ports if any.
     """
-    enter(host, cgroups)
+    enter(host, cgroups, container)
     for i in range(count):
         with socket.socket(family) as client:
             if ports:
@@ -140,27 +182,38 @@ class Fleet:
         seen=(True, True),
         family=None,
         ports=(),
+        container=None,
+        nat="",
+        at_server=None,
     ):
         """Have it done, and note it. seen: whether the client's and the server's tools
-        were on.
+        were on; at_server: source, address and port there, where these differ; nat: how
+        the two are matched then, or None if they cannot be.
         """
         family = family or (socket.AF_INET6 if ":" in address else socket.AF_INET)
-        args = (client, self.cgroups, family, (address, port), count, ports)
+        args = (client, self.cgroups, container, family, (address, port), count, ports)
         Worker(comm.encode(), connect, *args).report()
         source = ADDRESSES[client][":" in address and not address.startswith("::ffff:")]
+        source = CONTAINER if container else source
         address = address.replace("::ffff:", "")
-        self.note(
-            "connections",
-            count,
-            client,
-            comm,
-            source,
-            server,
-            server_comm,
-            address,
-            port,
-            seen,
-        )
+        views = [(seen, at_server)]
+        if nat is None:
+            views = [((True, False), None), ((False, True), at_server)]
+        for sides, other in views:
+            self.note(
+                "connections",
+                count,
+                client,
+                comm,
+                source,
+                server,
+                server_comm,
+                address,
+                port,
+                sides,
+                other,
+                nat or "",
+            )
 
     def refused(self, count, client, comm, server, port):
         address = ADDRESSES[server][0]
@@ -192,6 +245,8 @@ class Fleet:
         address,
         port,
         seen,
+        at_server=None,
+        nat="",
     ):
         self.done.append(
             {
@@ -206,6 +261,8 @@ class Fleet:
                 "port": port,
                 "client_seen": seen[0],
                 "server_seen": seen[1],
+                "at_server": at_server or (source, address, port),
+                "nat": nat,
             }
         )
 
@@ -274,6 +331,25 @@ def work(fleet):
     # The same four addresses and ports, over and over, by two processes
     fleet.connect(31, "web1", "celery", "app2", "gunicorn", app, 8001, ports=[45000])
     fleet.connect(29, "web1", "flower", "app2", "gunicorn", app, 8001, ports=[45000])
+    # Translated on the way: a service address, masquerading, and masquerading that
+    # changes the port
+    fleet.connect(
+        *(59, "web1", "cart", "app2", "gunicorn", SERVICE, 80),
+        nat="dnat",
+        at_server=(web, app, 8000),
+    )
+    fleet.connect(
+        *(61, "web1", "worker", "app2", "gunicorn", app, 8000),
+        container="container",
+        nat="snat",
+        at_server=(web, app, 8000),
+    )
+    fleet.connect(
+        *(67, "web1", "mailer", "app2", "gunicorn", app, 8001),
+        container="container",
+        nat=None,
+        at_server=(web, app, 8001),
+    )
     fleet.refused(13, "web1", "nginx-worker", "app2", 81)
     fleet.connect(
         17, "external", "scanner", "web1", "nginx", web, 80, seen=(False, True)

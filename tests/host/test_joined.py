@@ -70,7 +70,7 @@ def addresses(fleet, hosts):
     known = {}
     for one, client, server in work(fleet, hosts):
         known.update({one["source"]: one["client"]} if client else {})
-        known.update({one["address"]: one["server"]} if server else {})
+        known.update({one["at_server"][1]: one["server"]} if server else {})
     return known
 
 
@@ -81,18 +81,21 @@ def expected_map(fleet, hosts):
             continue
         from_ = (one["client"], one["client_comm"], "")
         to = (one["server"], one["server_comm"], "")
+        source, _, port = one["at_server"]
         if not client:
-            from_ = (names.get(one["source"], ""), "", one["source"])
+            from_ = (names.get(source, ""), "", source)
         if not server:
             to = (names.get(one["address"], ""), "", one["address"])
         side = "both" if client and server else "client" if client else "server"
-        edges[(*from_, *to, one["port"], side)] += one["count"]
+        port = one["port"] if client else port
+        nat = one["nat"] if side == "both" else ""
+        edges[(*from_, *to, port, side, nat)] += one["count"]
     return edges
 
 
 def found_map(lines):
-    rows = [(*row.values(),) for row in answer(lines)]
-    found = {row[:8]: row[8] for row in rows}
+    rows = [((*row.values(),)[:8], row) for row in answer(lines)]
+    found = {(*first, row["nat"]): row["connections"] for first, row in rows}
     assert len(found) == len(rows)
     return found
 
@@ -125,10 +128,11 @@ def test_unknown(fleet, missing):
                 one["address"],
                 one["port"],
             ] += one["count"]
-        if one["what"] == "connections" and not client and one["source"] not in names:
-            expected[
-                "accept", one["server"], one["server_comm"], one["source"], one["port"]
-            ] += one["count"]
+        source, _, port = one["at_server"]
+        if one["what"] == "connections" and not client and source not in names:
+            expected["accept", one["server"], one["server_comm"], source, port] += one[
+                "count"
+            ]
     rows = [(*row.values(),) for row in answer(lines_of(fleet, hosts), "--unknown")]
     assert {row[:5]: row[5] for row in rows} == expected
     assert len(rows) == len(expected) == {None: 2, "db3": 3}[missing]
@@ -165,6 +169,7 @@ def test_without_failures_a_refused_connect_looks_unmatched(fleet):
         refused["address"],
         refused["port"],
         "client",
+        "",
     )
     assert found_map(b"".join(lines)) == {
         **expected_map(fleet, HOSTS),
