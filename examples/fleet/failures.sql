@@ -16,7 +16,7 @@ WITH
     (
         SELECT
             toStartOfHour(ts) AS hour,
-            host, comm, daddr, dport, error, is_loopback,
+            host, process_or_comm AS comm, daddr, dport, error, is_loopback,
             count() AS failures, min(ts) AS first_seen, max(ts) AS last_seen
         FROM tcp_events FINAL
         WHERE

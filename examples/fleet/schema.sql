@@ -20,7 +20,8 @@ CREATE TABLE IF NOT EXISTS tcp_events
     pid     UInt32 CODEC(ZSTD),
     tid     UInt32 CODEC(ZSTD),
     uid     UInt32 CODEC(ZSTD),
-    comm    LowCardinality(String),
+    comm    LowCardinality(String),     -- of the thread
+    process LowCardinality(String),     -- its process; '' in lines before 2026-11-28
     saddr   IPv6 CODEC(ZSTD),
     sport   UInt16 CODEC(ZSTD),
     daddr   IPv6 CODEC(ZSTD),
@@ -35,6 +36,7 @@ CREATE TABLE IF NOT EXISTS tcp_events
     count   UInt64 CODEC(ZSTD),         -- of lost: how many events
     reason  LowCardinality(String),     -- of lost: buffer_full, cpu_offline,
                                         -- table_full or skipped
+    process_or_comm LowCardinality(String) ALIAS if(process = '', comm, process),
     is_loopback Bool ALIAS
         saddr = toIPv6('::1')
         OR saddr BETWEEN toIPv6('127.0.0.0') AND toIPv6('127.255.255.255')
@@ -234,7 +236,8 @@ WITH
                 toString(host), corrections.1, corrections.2, toInt64(0)
             ) AS time,
             if(is_late, 'connect', tcp_events.event) AS event,
-            host, pid, comm, saddr, sport, daddr, dport, is_loopback,
+            host, pid, process_or_comm AS comm,
+            saddr, sport, daddr, dport, is_loopback,
             sipHash128(
                 saddr, sport, daddr, dport,
                 if(is_loopback, host, ''), if(is_loopback, netns, 0)

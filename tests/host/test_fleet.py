@@ -354,6 +354,20 @@ def test_a_connect_that_failed_is_no_edge():
     assert rows[0]["last_seen"] == "2026-11-24T10:00:00.000800Z"
 
 
+def test_the_threads_of_a_process_are_one_node():
+    """Where the lines tell the process: those of before 2026-11-28 do not."""
+    events = [connect(0), accept(9)]
+    for port in range(3):
+        flow = {"sport": 41000 + port}
+        events.append(connect(port, f"Thread-{port}", process="java", **flow))
+        events.append(accept(port + 9, f"io-{port}", process="nginx", **flow))
+        failed = event("connect_failed", port, "web1", f"Thread-{port}", error="closed")
+        events.append({**failed, "process": "java"})
+    assert edges(events) == {edge(): 1, edge(client="web1 java"): 3}
+    rows = answer(events, "failures")
+    assert [(row["client_comm"], row["failures"]) for row in rows] == [("java", 3)]
+
+
 def test_connects_that_are_known_once_they_succeeded():
     """tcpconnect -l: connected is a connect at the time at which its SYN left."""
     connected = event("connected", 190_000_000, "web1", "curl", latency_us=189_999_000)
