@@ -63,8 +63,8 @@ SETTINGS ttl_only_drop_parts = 1;
 -- accept and connect where a clock is behind. A connect that is followed by its failure
 -- (tcpconnect -x) is no connection.
 --
--- Clocks that are off by more are corrected first, for the order only: how far is
--- computed as in clocks.sql. The times that are shown are the hosts' own.
+-- Clocks that are off by 0.5 s or more are corrected first, for the order only: by how
+-- much is computed as in clocks.sql. The times that are shown are the hosts' own.
 --
 -- Network address translation changes one end's addresses or ports on the way, and the
 -- connect and the accept are in different flows. Of what is left alone, two are paired

@@ -692,6 +692,40 @@ def test_table(tmp_path):
     )
 
 
+def test_part_of_the_map():
+    """--host and --top; a name is no SQL."""
+    events = [
+        connect(n, host=host, daddr=EXTERNAL, sport=sport + n)
+        for host, count, sport in (("a", 3, 1), ("it's \\", 5, 100), ("c", 7, 200))
+        for n in range(count)
+    ]
+    lines = text([*events, accept(9, host="c", saddr="198.51.100.9")])
+
+    def hosts(*args):
+        out, err, status = run("--json", *args, stdin=lines)
+        assert (err, status) == ("", 0)
+        rows = map(json.loads, out.splitlines())
+        return [(row["client_host"] or row["server_host"]) for row in rows]
+
+    assert hosts("--host", "it's \\") == ["it's \\"]
+    assert hosts("--host", "c") == ["c", "c"]
+    assert hosts("--host", "nobody") == []
+    assert hosts("--top", "2") == ["c", "it's \\"]
+    assert hosts("--top", "1", "--host", "a") == ["a"]
+
+
+def test_a_graph_too_large_for_mermaid():
+    events = [accept(n, saddr=f"198.51.{n // 250}.{n % 250}") for n in range(501)]
+    out, err, status = run("--mermaid", stdin=text(events))
+    assert (out.count("-.->"), status) == (501, 0)
+    assert err == (
+        "servicemap: 501 edges: Mermaid draws no more than 500, unless its maxEdges is "
+        "set (--top or --host gives fewer)\n"
+    )
+    out, err, status = run("--mermaid", "--top", "500", stdin=text(events))
+    assert (out.count("-.->"), err, status) == (500, "", 0)
+
+
 def test_bad_lines(tmp_path):
     """Each is counted and the first few named, at its number; blank lines are not."""
     good, refusals = connect(0), []
@@ -772,6 +806,9 @@ def test_errors(args, stdin, message):
         ["--dot", "--mermaid"],
         ["--failures", "--unknown"],
         ["--dot", "--unknown"],
+        ["--host", "web1", "--unknown"],
+        ["--top", "3", "--failures"],
+        ["--top", "0"],
         ["--nonsense"],
     ],
 )
