@@ -14,7 +14,8 @@ CREATE TABLE IF NOT EXISTS fleet.tcp_events ON CLUSTER '{cluster}'
 AS fleet_local.tcp_events
 ENGINE = Distributed('{cluster}', fleet_local, tcp_events, cityHash64(sport));
 
--- So each server can join its own. Of these, all rows travel.
+-- So each server can join its own, with the offsets of clocks that its rows show. All
+-- rows of the view travel.
 CREATE OR REPLACE VIEW fleet.tcp_connections ON CLUSTER '{cluster}' AS
 SELECT * FROM cluster('{cluster}', view(
     SELECT * FROM fleet_local.tcp_connections(

@@ -361,8 +361,8 @@ def test_the_threads_of_a_process_are_one_node():
         flow = {"sport": 41000 + port}
         events.append(connect(port, f"Thread-{port}", process="java", **flow))
         events.append(accept(port + 9, f"io-{port}", process="nginx", **flow))
-        failed = event("connect_failed", port, "web1", f"Thread-{port}", error="closed")
-        events.append({**failed, "process": "java"})
+        failed = {"error": "closed", "process": "java", "dport": 81}
+        events.append(event("connect_failed", port, "web1", f"Thread-{port}", **failed))
     assert edges(events) == {edge(): 1, edge(client="web1 java"): 3}
     rows = answer(events, "failures")
     assert [(row["client_comm"], row["failures"]) for row in rows] == [("java", 3)]

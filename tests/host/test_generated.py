@@ -251,6 +251,7 @@ def test_in_a_row_the_clients_side_is_shown():
         assert row["first_seen"] == row["last_seen"] == "2026-11-24T10:00:00.000005Z"
         assert row["client_address"] == row["server_address"] == ""
     assert answer(events, "unknown") == []
+    assert '[label="443 (1) dnat"]' in run("--dot", stdin=text(events))[0]
 
 
 def is_alone(one, others):
