@@ -10,7 +10,7 @@ WITH
         {since:DateTime64(6, 'UTC')} - INTERVAL 10 MINUTE, toDateTime64(0, 6, 'UTC')
     ) AS first_ts,
     {until:DateTime64(6, 'UTC')} + INTERVAL 10 MINUTE AS end_ts,
-    -- Clocks, the same text as in clocks.sql. The difference between an accept and its
+    -- Clocks, the same text as in schema.sql. The difference between an accept and its
     -- connect is that of two hosts' clocks, and the time that the connection took.
     toInt64(500000) AS least_offset,
     toInt64(60000000) AS largest_offset,
@@ -24,7 +24,8 @@ WITH
             ts >= first_ts AND ts < end_ts
             AND toStartOfHour(ts) >= toStartOfHour(first_ts)
             AND toStartOfHour(ts) <= toStartOfHour(end_ts)
-    ) AS ports,                             -- one of so many is enough
+    ) AS ports,                             -- of so many source ports, one is a
+                                            -- large enough sample
     clock_events AS
     (
         SELECT
@@ -91,9 +92,9 @@ WITH
                 ]) AS link
         )
     ),
-    -- A breadth-first search: each host is ahead by so much of the root, which is the
-    -- host with the most links. Which it is spreads by one link in each round. Of peers
-    -- with the same root, the one with the most flows counts.
+    -- A breadth-first search: by how much each host is ahead of the root, which is the
+    -- host with the most links. Each round takes the root to hosts that are one link
+    -- further away. Of peers with the same root, the one with the most flows counts.
     round0 AS
     (
         SELECT host, ((count(), host), toInt64(0)) AS seen FROM links GROUP BY host

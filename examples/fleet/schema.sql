@@ -105,7 +105,8 @@ WITH
             ts >= first_ts AND ts < end_ts
             AND toStartOfHour(ts) >= toStartOfHour(first_ts)
             AND toStartOfHour(ts) <= toStartOfHour(end_ts)
-    ) AS ports,                             -- one of so many is enough
+    ) AS ports,                             -- of so many source ports, one is a
+                                            -- large enough sample
     clock_events AS
     (
         SELECT
@@ -172,9 +173,9 @@ WITH
                 ]) AS link
         )
     ),
-    -- A breadth-first search: each host is ahead by so much of the root, which is the
-    -- host with the most links. Which it is spreads by one link in each round. Of peers
-    -- with the same root, the one with the most flows counts.
+    -- A breadth-first search: by how much each host is ahead of the root, which is the
+    -- host with the most links. Each round takes the root to hosts that are one link
+    -- further away. Of peers with the same root, the one with the most flows counts.
     round0 AS
     (
         SELECT host, ((count(), host), toInt64(0)) AS seen FROM links GROUP BY host

@@ -1,5 +1,6 @@
--- servicemap.sql  Service map: a row for each process name and port that a process name
--- connects to, from `since` on and before `until`.
+-- servicemap.sql  Service map: a row for each client, server and port, from `since` on
+-- and before `until`. A client or server is a process name on a host: client_comm and
+-- server_comm are names of processes, not of their threads.
 --
 -- known: "both"; "client" where the accept is missing, "server" where the connect is.
 -- nat: "dnat" or "snat" where both ends were matched across address translation, as
