@@ -85,10 +85,8 @@ def trace(start, cgroups, bpffs, names):
             server.listen(BACKLOG)
         visits = [(server, ip, 1) for server in others for ip in (4, 6)]
         visits += [(listening, 4, 5), (listening, 6, 3), (closed, 4, 2), (closed, 6, 7)]
-        visits += [
-            (listening, 4, 1, "127.0.0.1"),
-            (listening, 6, 1, "::1"),
-        ]  # not in -a
+        # Not in -a
+        visits += [(listening, 4, 1, "127.0.0.1"), (listening, 6, 1, "::1")]
         visits += [(closed, 4, 1, "127.0.0.1"), (closed, 6, 1, "::1")]
 
         cgroup, elsewhere = cgroups / UNIT, cgroups / "elsewhere"
