@@ -312,8 +312,8 @@ def figure(tool, what, values):
 
 def main():
     if sys.argv[1:]:
-        whats = {"join": join, "load": load, "script": script, "large_map": large_map}
-        print(json.dumps(whats[sys.argv[1]](int(sys.argv[2]))))
+        parts = {"join": join, "load": load, "script": script, "large_map": large_map}
+        print(json.dumps(parts[sys.argv[1]](int(sys.argv[2]))))
         return
     for figure in figures():
         print(json.dumps(figure), flush=True)
