@@ -45,8 +45,9 @@ def installed():
 
 # systemd as the first process of a container: with a /run and a /tmp of its own, and
 # without what would touch the guest's devices or, in bullseye, cannot write where
-# virtme-ng has mounted a file.
+# virtme-ng has mounted a file. Units get credentials by a mount that is shared.
 START = """
+mount --make-rshared /
 mount -t tmpfs none /run
 mount -t tmpfs none /tmp
 mkdir -p /run/systemd/system
