@@ -10,7 +10,7 @@ import subprocess
 import threading
 
 import pytest
-from conftest import TOP, only_at_both_ends, only_on, until
+from conftest import TOP, only_on, until
 from traffic import connect_refused, run_mixed_traffic
 
 FLEET = TOP / "examples/fleet"
@@ -214,7 +214,7 @@ def install_shipper(url):
     changes.write_text(f"[Service]\n{start}RestartSec=1\nCPUQuota=\n")
 
 
-@only_at_both_ends
+@only_on("bullseye", "trixie")
 @pytest.mark.usefixtures("installed")
 def test_shipper():
     """The rows of the units' journal arrive, each once, after inserts were refused."""
