@@ -207,11 +207,12 @@ class Kernel:
         libc = SimpleNamespace(open_by_handle_at=self.open_by_handle_at)
         monkeypatch.setattr(shared.ctypes, "CDLL", lambda *_, **__: libc)
         monkeypatch.setattr(shared.time, "monotonic_ns", lambda: self.ns)
-        walk = shared.os.walk
+        self.walk = shared.directories_from
         monkeypatch.setattr(
-            shared.os, "walk", lambda path: self.walks.append(path) or walk(path)
+            shared,
+            "directories_from",
+            lambda path: self.walks.append(path) or self.walk(path),
         )
-        self.walk = walk
 
     def open_by_handle_at(self, mount_fd, handle, flags):
         """As in open_by_handle_at(2); an inode's number is the handle."""
@@ -220,7 +221,7 @@ class Kernel:
         length, kind, number = struct.unpack("=IiQ", bytes(handle))
         assert (length, kind) == (8, 0xFE)
         ctypes.set_errno(errno.ESTALE if self.may_open else errno.EPERM)
-        for path, _, _ in self.walk(self.top) if self.may_open else ():
+        for path in self.walk(self.top) if self.may_open else ():
             if os.stat(path).st_ino == number:
                 return os.open(path, flags)
         return -1
@@ -271,6 +272,61 @@ def test_paths_are_bounded(shared, monkeypatch, tmp_path, may_open):
         assert paths.path(number) is None
         assert len(paths.paths) <= (7 if may_open else 7 + 1 + 2)
     assert paths.path((tmp_path / "a").stat().st_ino) == "/a"
+
+
+@pytest.fixture
+def nested(tmp_path, monkeypatch):
+    """Makes nested directories, and this process is in the innermost one."""
+    made = []
+
+    def nest(name, levels):
+        monkeypatch.chdir(tmp_path)
+        for _ in range(levels):
+            os.mkdir(name)
+            os.chdir(name)
+            made.append(name)
+        return os.stat(".").st_ino
+
+    yield nest
+    for name in made:
+        os.chdir("..")
+        os.rmdir(name)
+
+
+def test_a_cgroup_whose_path_is_too_long(shared, monkeypatch, tmp_path, nested):
+    """Whoever may make cgroups can make such a one."""
+    number = nested("a" * 250, 17)
+    has_mounts(shared, monkeypatch, f"cgroup2 {tmp_path} cgroup2 rw 0 0\n")
+    paths = shared.CgroupPaths()
+    opened = SimpleNamespace(open_by_handle_at=lambda *_: os.open(".", os.O_PATH))
+    monkeypatch.setattr(paths, "libc", opened)
+    assert (paths.path(number), paths.unit(number)) == (None, str(number))
+
+
+def test_cgroups_nested_deeper_than_python_recurses(
+    shared, monkeypatch, tmp_path, nested
+):
+    number = nested("a", 1100)
+    Kernel(shared, monkeypatch, tmp_path, may_open=False)
+    assert shared.CgroupPaths().path(number) == "/a" * 1100
+    assert shared.cgroups_named("web", [str(tmp_path)]) == []
+
+
+def test_a_walk_that_takes_long(shared, monkeypatch, tmp_path):
+    """A twentieth of the time at most."""
+    kernel = Kernel(shared, monkeypatch, tmp_path, may_open=False)
+    walk = kernel.walk
+
+    def slow(top):
+        kernel.ns += 300_000_000
+        return walk(top)
+
+    kernel.walk = slow
+    paths = shared.CgroupPaths()
+    for later in (0, 5_699_999_999, 1):
+        kernel.ns += later
+        assert paths.path(71 + later) is None
+    assert len(kernel.walks) == 2
 
 
 def test_cgroup_outside_of_a_container(shared, monkeypatch, tmp_path):
