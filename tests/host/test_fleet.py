@@ -709,7 +709,7 @@ def test_part_of_the_map():
 
     assert hosts("--host", "it's \\") == ["it's \\"]
     assert hosts("--host", "c") == ["c", "c"]
-    assert hosts("--host", "nobody") == []
+    assert hosts("--host", "nobody") == hosts("--host", b"\xff") == []
     assert hosts("--top", "2") == ["c", "it's \\"]
     assert hosts("--top", "1", "--host", "a") == ["a"]
 
@@ -809,6 +809,7 @@ def test_errors(args, stdin, message):
         ["--host", "web1", "--unknown"],
         ["--top", "3", "--failures"],
         ["--top", "0"],
+        ["-", "-"],
         ["--nonsense"],
     ],
 )
