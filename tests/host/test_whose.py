@@ -47,6 +47,7 @@ def test_networks(shared, text, network):
         ("-a 10.1", "not an address or network: '10.1': "),
         ("-a example.com", "not an address or network: 'example.com': "),
         ("-a fe80::1%eth0/64", "not an address or network: "),
+        ("-a fe80::1%eth0", "not an address without interface: 'fe80::1%eth0'"),
         ("-a !!::1", "not an address or network: '!!::1': "),
         ("-a ::1,", "not an address or network: '': "),
         ("-4 -a 10.0.0.0/8,::1", "::1/128 is not IPv4"),
@@ -344,7 +345,7 @@ def test_no_cgroup2_mounted(tool, monkeypatch, capsys):
     mounts = "cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n"
     has_mounts(tool, monkeypatch, mounts)
     assert usage_error(tool, capsys, "--unit") == (
-        "argument --unit: no cgroup v2 hierarchy is mounted: use -p, -u or --mntnsmap"
+        "argument --unit: no cgroup v2 hierarchy is mounted"
     )
     paths = tool.CgroupPaths()
     assert (paths.path(71), paths.unit(71)) == (None, "71")
