@@ -163,7 +163,8 @@ def write(journal, events):
     for n, unit in enumerate(("connect", "failed", "accept")):
         lines = text(events[n::3])
         message = f"tcp{unit}: lost 5 events\n".encode()
-        journal.write(f"tcptools-{unit}", message + lines + lines[:99])
+        cut = lines[: lines.index(b'"comm"')] + b'"comm": "a\\\\}\n'
+        journal.write(f"tcptools-{unit}", message + lines + cut + lines[:99])
     journal.write("tcptools-other", text(events).replace(b'"h', b'"stranger'))
 
 
