@@ -115,7 +115,7 @@ WITH
             sipHash64(saddr, sport, daddr, dport, toStartOfTenMinutes(ts)) AS flow
         FROM tcp_events
         WHERE
-            event IN ('connect', 'connected', 'accept')
+            event IN ('connect', 'connected', 'accept') AND NOT is_loopback
             AND intHash32(sport) % ports = 0
             AND ts >= first_ts AND ts < end_ts
             AND toStartOfHour(ts) >= toStartOfHour(first_ts)

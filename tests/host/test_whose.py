@@ -47,7 +47,7 @@ def test_networks(shared, text, network):
         ("-a 10.1", "not an address or network: '10.1': "),
         ("-a example.com", "not an address or network: 'example.com': "),
         ("-a fe80::1%eth0/64", "not an address or network: "),
-        ("-a fe80::1%eth0", "not an address without interface: 'fe80::1%eth0'"),
+        ("-a fe80::1%eth0", "not an address or network: 'fe80::1%eth0': the filter "),
         ("-a !!::1", "not an address or network: '!!::1': "),
         ("-a ::1,", "not an address or network: '': "),
         ("-4 -a 10.0.0.0/8,::1", "::1/128 is not IPv4"),
