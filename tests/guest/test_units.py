@@ -23,8 +23,7 @@ IMMEDIATE = 10  # failures, in the noise of mixed traffic
 # Connects again and again: a new cgroup's path is looked for once per second
 PROBE = """\
 [Service]
-ExecStart=sh -c 'while :; do python3 -c "import socket; socket.socket().connect_ex(\
-(\\"127.0.0.1\\", 9))"; done'
+ExecStart=/bin/bash -c 'while sleep 1; do true </dev/tcp/127.0.0.1/9; done'
 """
 
 
