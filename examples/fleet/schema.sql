@@ -375,11 +375,10 @@ WITH
             if(takes_next, n.next_daddr, n.daddr) AS daddr,
             if(takes_next, n.next_dport, n.dport) AS dport,
             is_loopback, n.is_pair OR is_first AS is_pair,
-            n.is_alone AND NOT is_first AS is_alone,
-            if(
-                is_alone AND NOT (event = 'connect' AND (n.saddr, n.daddr) IN reached),
-                sipHash128(sport, n.daddr, n.dport), flow
-            ) AS end,
+            n.is_alone AND NOT is_first
+                AND NOT (event = 'connect' AND (n.saddr, n.daddr) IN reached)
+                AS is_alone,
+            if(is_alone, sipHash128(sport, n.daddr, n.dport), flow) AS end,
             event, host, pid, comm,
             if(is_first, next_host, n.other_host) AS other_host,
             if(is_first, next_pid, n.other_pid) AS other_pid,

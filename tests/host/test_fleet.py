@@ -15,7 +15,7 @@ from collections import Counter
 
 import pytest
 from conftest import TOP, load
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 FLEET = TOP / "examples/fleet"
@@ -318,6 +318,7 @@ TIMES = st.one_of(st.integers(0, 5), st.integers(0, 300)).map(lambda n: n * 500_
         unique_by=lambda one: one[0],
     )
 )
+@example([(0, "A"), (500_000, "C"), (1_000_000, "C")])
 def test_any_flow(flow):
     events = [{"C": connect, "A": accept}[kind](time) for time, kind in flow]
     assert known(events) == pairs(flow)

@@ -40,14 +40,17 @@ def until(there_is):
 
 
 # As systemd connects a unit's stdout: a header, then what the process writes. journald
-# looks a process's unit up once, so each unit needs a process of its own.
+# looks a process's unit up once, so each unit needs a process of its own, and when it
+# reads a line: of a process that has exited by then it does not know the unit.
 WRITE = """
-import socket, sys
+import signal, socket, sys
 path, unit = sys.argv[1:]
 with socket.socket(socket.AF_UNIX) as stdout:
     stdout.connect(path)
     stdout.sendall(f"{unit}\\n{unit}.service\\n6\\n0\\n0\\n0\\n0\\n".encode())
     stdout.sendall(sys.stdin.buffer.read())
+    print("sent", flush=True)
+    signal.pause()
 """
 
 
@@ -55,15 +58,28 @@ class Journal:
     """The journal of the units' namespace."""
 
     def __init__(self, process):
-        self.enter = ["nsenter", f"--target={process.pid}", "--mount"]
+        self.enter, self.writers = ["nsenter", f"--target={process.pid}", "--mount"], []
         self.socket = pathlib.Path(
             f"/proc/{process.pid}/root/run/systemd/journal.tcptools/stdout"
         )
 
     def write(self, unit, lines):
         """Lines (bytes) of a unit."""
-        command = [sys.executable, "-c", WRITE, self.socket, unit]
-        subprocess.run(command, input=lines, check=True)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITE, self.socket, unit],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.writers.append(writer)
+        with writer.stdin, writer.stdout:
+            writer.stdin.write(lines)
+            writer.stdin.close()
+            assert writer.stdout.readline() == b"sent\n"
+
+    def end(self):
+        for writer in self.writers:
+            writer.kill()
+            writer.wait()
 
 
 @pytest.fixture
@@ -81,6 +97,7 @@ def journal():
             until(lambda: made.socket.exists() or process.poll() is not None)
             assert process.poll() is None, "journald does not start"
             yield made
+            made.end()
         finally:
             process.kill()
 
