@@ -3,6 +3,7 @@ is away for a while.
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -58,7 +59,8 @@ class Journal:
     """The journal of the units' namespace."""
 
     def __init__(self, process):
-        self.enter, self.writers = ["nsenter", f"--target={process.pid}", "--mount"], []
+        self.enter = ["nsenter", f"--target={process.pid}", "--mount"]
+        self.writers, self.lines = [], 0
         self.socket = pathlib.Path(
             f"/proc/{process.pid}/root/run/systemd/journal.tcptools/stdout"
         )
@@ -71,10 +73,25 @@ class Journal:
             stdout=subprocess.PIPE,
         )
         self.writers.append(writer)
+        self.lines += lines.count(b"\n")
         with writer.stdin, writer.stdout:
             writer.stdin.write(lines)
             writer.stdin.close()
             assert writer.stdout.readline() == b"sent\n"
+
+    def entries(self):
+        command = [*self.enter, "journalctl", "--namespace=tcptools", "--output=json"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        found = map(json.loads, done.stdout.splitlines())
+        return [entry for entry in found if entry["_TRANSPORT"] == "stdout"]
+
+    def require_units(self):
+        """Skip the test where this journald has not found out who a writer is, as
+        happens now and then on a busy machine: the shipper asks by unit.
+        """
+        until(lambda: len(self.entries()) >= self.lines)
+        if not all("_SYSTEMD_UNIT" in entry for entry in self.entries()):
+            pytest.skip("journald does not know the unit of a writer")
 
     def end(self):
         for writer in self.writers:
@@ -182,6 +199,7 @@ def write(journal, events):
         message = f"tcp{unit}: lost 5 events\n".encode()
         journal.write(f"tcptools-{unit}", message + lines + lines[:99])
     journal.write("tcptools-other", text(events).replace(b'"h', b'"stranger'))
+    journal.require_units()
 
 
 def inserted(server):
