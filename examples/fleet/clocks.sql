@@ -4,7 +4,7 @@
 --
 -- An offset is one for all of the time asked for, and is found up to 60 s, where there
 -- are five connections with another host. Most clocks are taken to be right: of two
--- hosts that only know each other it cannot be told which one is.
+-- hosts that only connect to each other it is unknown which one is.
 WITH
     greatest(
         {since:DateTime64(6, 'UTC')} - INTERVAL 10 MINUTE, toDateTime64(0, 6, 'UTC')

@@ -100,7 +100,7 @@ def test_a_clock_that_is_off(seconds):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_all_clocks_are_off(seed):
-    """Each from -5 to 5 s. Whose is right cannot be told, but the differences can."""
+    """Each from -5 to 5 s. It is unknown which is right; the differences are known."""
     chance = random.Random(seed)
     offsets = {host: chance.randrange(-5 * SECOND, 5 * SECOND) for host in HOSTS}
     fleet = Fleet(seed, offsets)
