@@ -317,18 +317,27 @@ def rows_until(tool, begin, marker):
     return rows[begin:-1]
 
 
+@contextlib.contextmanager
+def mounted_cgroups(top):
+    """Mount the cgroups (v2) on a directory; in the end, what is made below goes."""
+    subprocess.run(["mount", "-t", "cgroup2", "none", str(top)], check=True)
+    before = {path for path in top.rglob("*") if path.is_dir()}
+    try:
+        yield top
+    finally:
+        made = {path for path in top.rglob("*") if path.is_dir()} - before
+        for directory in sorted(made, reverse=True):
+            directory.rmdir()
+        show(top)
+
+
 @pytest.fixture
 def cgroups(tmp_path):
     """Where the cgroups (v2) are, with what tests make below removed in the end."""
     top = tmp_path / "cgroup2"
     top.mkdir()
-    subprocess.run(["mount", "-t", "cgroup2", "none", str(top)], check=True)
-    before = {path for path in top.rglob("*") if path.is_dir()}
-    yield top
-    made = {path for path in top.rglob("*") if path.is_dir()} - before
-    for directory in sorted(made, reverse=True):
-        directory.rmdir()
-    show(top)
+    with mounted_cgroups(top):
+        yield top
 
 
 @pytest.fixture

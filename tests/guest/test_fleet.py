@@ -202,69 +202,42 @@ class Fleet:
         for sides, other in views:
             self.note(
                 "connections",
-                count,
-                client,
-                comm,
-                source,
-                server,
-                server_comm,
-                address,
-                port,
                 sides,
                 other,
                 nat or "",
+                count=count,
+                client=client,
+                client_comm=comm,
+                source=source,
+                server=server,
+                server_comm=server_comm,
+                address=address,
+                port=port,
             )
 
     def refused(self, count, client, comm, server, port):
         address = ADDRESSES[server][0]
-        Worker(
-            comm.encode(), connect_refused, client, self.cgroups, (address, port), count
-        ).report()
+        args = (client, self.cgroups, (address, port), count)
+        Worker(comm.encode(), connect_refused, *args).report()
         self.note(
             "failures",
-            count,
-            client,
-            comm,
-            ADDRESSES[client][0],
-            server,
-            None,
-            address,
-            port,
             (True, False),
+            count=count,
+            client=client,
+            client_comm=comm,
+            source=ADDRESSES[client][0],
+            server=server,
+            server_comm=None,
+            address=address,
+            port=port,
         )
 
-    def note(
-        self,
-        what,
-        count,
-        client,
-        comm,
-        source,
-        server,
-        server_comm,
-        address,
-        port,
-        seen,
-        at_server=None,
-        nat="",
-    ):
-        self.done.append(
-            {
-                "what": what,
-                "count": count,
-                "client": client,
-                "client_comm": comm,
-                "source": source,
-                "server": server,
-                "server_comm": server_comm,
-                "address": address,
-                "port": port,
-                "client_seen": seen[0],
-                "server_seen": seen[1],
-                "at_server": at_server or (source, address, port),
-                "nat": nat,
-            }
-        )
+    def note(self, what, seen, at_server=None, nat="", **known):
+        """known: the fields that test_joined.py takes as they are."""
+        ends = known["source"], known["address"], known["port"]
+        sides = {"client_seen": seen[0], "server_seen": seen[1]}
+        more = {"at_server": at_server or ends, "nat": nat}
+        self.done.append({"what": what, **known, **sides, **more})
 
     def end(self):
         for pid in self.servers:

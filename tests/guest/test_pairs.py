@@ -45,9 +45,16 @@ def visit(server, ip, count, address=None):
             lport = client.getsockname()[1]
             error = client.connect_ex((address, port))
             assert error == (0 if listens else errno.ECONNREFUSED)
-            ports = {"lport": lport, "rport": port}
-            known.append({"ip": ip, "address": address, "left": left, "error": error})
-            known[-1].update(ports)
+            known.append(
+                {
+                    "ip": ip,
+                    "address": address,
+                    "lport": lport,
+                    "rport": port,
+                    "left": left,
+                    "error": error,
+                }
+            )
         while listens and waiting(server) < count:
             os.sched_yield()
         for _ in range(count if listens else 0):

@@ -18,7 +18,16 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from conftest import METHODS, TOOLS, Tool, Worker, own_comm, row, until
+from conftest import (
+    METHODS,
+    TOOLS,
+    Tool,
+    Worker,
+    mounted_cgroups,
+    own_comm,
+    row,
+    until,
+)
 from traffic import connect_often, lost
 
 IPV6_FREEBIND = 78  # linux/in6.h
@@ -214,8 +223,12 @@ def all_addresses_local():
 @pytest.fixture(scope="module", params=METHODS)
 def seen(request, tmp_path_factory):
     """What is known of all connections, and the tools, which have exited."""
-    top = tmp_path_factory.mktemp("cgroup2")
-    subprocess.run(["mount", "-t", "cgroup2", "none", str(top)], check=True)
+    with mounted_cgroups(tmp_path_factory.mktemp("cgroup2")) as top:
+        yield see(tmp_path_factory, request.param, top)
+
+
+def see(tmp_path_factory, method, top):
+    """The same, with an attach method, and cgroups below `top`."""
     server = socket.create_server(("127.0.0.1", 0), backlog=128)
     acceptor = Worker(b"acceptor", serve_forever, server)
     four, six = map(text_of, NETWORKS)
@@ -225,7 +238,7 @@ def seen(request, tmp_path_factory):
         "table": f"--unit -n job -a {six}",
         "count": f"{count} -T --per-process",
     }
-    environment = {"TCPTOOLS_METHOD": request.param, "TCPTOOLS_DEBUG": "1"}
+    environment = {"TCPTOOLS_METHOD": method, "TCPTOOLS_DEBUG": "1"}
     environment = {"env": {**os.environ, **environment}}
     tools = {
         (name, kind): Tool(
@@ -237,7 +250,7 @@ def seen(request, tmp_path_factory):
     try:
         for tool in tools.values():
             tool.wait_for_header()
-            assert tool.method() == request.param
+            assert tool.method() == method
         done = load(server, [tools[name, "count"] for name in TOOLS])
         with all_addresses_local():
             known = work(top)
@@ -254,12 +267,7 @@ def seen(request, tmp_path_factory):
             tool.process.kill()
         os.kill(acceptor.pid, signal.SIGKILL)
         os.waitpid(acceptor.pid, 0)
-        for path in CGROUPS:
-            for directory in (path, *map(str, pathlib.Path(path).parents)):
-                with contextlib.suppress(OSError):
-                    (top / directory).rmdir()
-        subprocess.run(["umount", str(top)], check=True)
-    yield SimpleNamespace(known=known, done=done, tools=tools, acceptor=acceptor.pid)
+    return SimpleNamespace(known=known, done=done, tools=tools, acceptor=acceptor.pid)
 
 
 @pytest.mark.parametrize("name", TOOLS)
