@@ -278,6 +278,29 @@ def test_as_many_lost_records_as_fill_a_whole_event(shared):
     assert shown(buffers.read()) == [(1, b"a"), (2, b"b")]
 
 
+def test_responses_of_all_lengths(shared):
+    """Each has its message, of as many bytes as it has, up to the most that is read;
+    records of losses are between them.
+    """
+
+    def record(number, message):
+        fields = number, 181, len(message), 0, 1, bytes([number]) * 40
+        raw = struct.pack("=QIHBB40s", *fields) + message
+        raw += bytes(-(12 + len(raw)) % 8)
+        return struct.pack("=IHHI", SAMPLE, 2, 12 + len(raw), len(raw)) + raw
+
+    longest = struct.Struct(f"{shared.RESPONSE.format}{shared.MAX_MESSAGE}s")
+    with cpus(shared, ring := Ring()):
+        buffers = shared.Buffers(71, longest, PAGES, Poll(), shared.responses_in)
+    for lengths in ((0, 1, 2, 4095), (12, 29, 71), (257,), (4095,)):
+        messages = [bytes([SAMPLE]) * length for length in lengths]
+        ring.write(b"".join(lost(1) + record(n, m) for n, m in enumerate(messages)))
+        responses = buffers.read()
+        assert [response[-1] for response in responses] == messages
+        assert [response[2] for response in responses] == list(lengths)
+        assert [response[0] for response in responses] == list(range(len(lengths)))
+
+
 def test_records_of_the_tools_events(tool):
     """The kernel pads a record to 8 bytes; a sample's size of 4 bytes is in it."""
     sizes = [tool.structs(parse(tool, *options)) for options in ([], ["--json"])]

@@ -947,13 +947,12 @@ def message(name, *answers, flags=ANSWERED, questions=1):
 
 
 def received(message, ts, pid=181, server=RESOLVER, connected=0, cut=0):
-    """A RESPONSE, unpacked, in which so much of a message is."""
+    """A response, as responses_in() gives it, in which so much of a message is."""
     if ":" in server:
         ip_header = b"\x60".ljust(8) + packed(server)
     else:
         ip_header = b"\x45".ljust(12) + packed(server)[:4]
-    text = message.ljust(2048, b"\xff")
-    return ts, pid, len(message), cut, connected, ip_header.ljust(40), text
+    return ts, pid, len(message), cut, connected, ip_header.ljust(40), message
 
 
 def response(name, *answers, ts, pid=181, **fields):
@@ -964,8 +963,9 @@ def names_of(shared, patch, options="-d", arrived=()):
     """Names of the DNS responses in the list `arrived`."""
     arrived = list(arrived)
 
-    def buffers(*what):
-        assert what == (71, shared.RESPONSE, 32, "poll")
+    def buffers(map_fd, longest, *others):
+        assert (map_fd, longest.size) == (71, 56 + 4095)
+        assert others == (32, "poll", shared.responses_in)
         return SimpleNamespace(read=lambda: [arrived.pop(0) for _ in arrived[:]])
 
     patch.setattr(shared, "Buffers", buffers)
@@ -1247,12 +1247,8 @@ def test_any_response(shared, found, ip_header):
     whole = response("a.example", "192.0.2.7", ts=1)[-1]
     with pytest.MonkeyPatch.context() as patch:
         names = names_of(shared, patch)
-        for text, length in (
-            (found, len(found)),
-            (found, 2047),
-            (whole[:40] + found, 40 + len(found)),
-        ):
-            fields = 1, 181, length, 1, 0, ip_header, text.ljust(2048, b"\0")
+        for text in (found, found.ljust(4095, b"\0"), whole[:40] + found):
+            fields = 1, 181, len(text), 1, 0, ip_header, text
             names.arrived.append(fields)
         assert looked_up(shared, names, "192.0.2.66", 2) is None
     for lookups in names.names.values():
@@ -1267,7 +1263,7 @@ def test_work_for_a_response_is_bounded(shared):
     text = bytearray(struct.pack(">6H", 7, ANSWERED, 1, 65535, 0, 0))
     text += b"\1a\0" + struct.pack(">HH", A, 1)
     before = 12
-    while len(text) < 2047 - 14:
+    while len(text) < 4095 - 14:
         at = len(text)
         text += b"\1a" + struct.pack(">HHHIH", 0xC000 | before, A, 1, 60, 0)
         before = at
