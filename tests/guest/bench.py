@@ -20,6 +20,7 @@ import shlex
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -85,6 +86,13 @@ WHOSE = {
     "-c --per-process": "-c --per-process",
     "-c -i": "-c -i 86400",
 }
+# RFC 1035: a standard query's response, www.example.com is 192.0.2.7.
+NAME = b"\3www\7example\3com\0"
+RESPONSE = (
+    struct.pack("!6H", 7, 0x8180, 1, 1, 0, 0)
+    + struct.pack("!17sHH", NAME, 1, 1)
+    + struct.pack("!HHHIH4B", 0xC00C, 1, 1, 60, 4, 192, 0, 2, 7)
+)
 BCC_OPTIONS = ("-p 1", "-c")
 ACCEPT_OPTIONS = {"-c": "-c", "-q": "-q"}
 ACCEPT = {
@@ -227,6 +235,29 @@ def accepts(family, count=BURST):
         for connection in clients + [connection for (connection, _), _ in served]:
             connection.close()
     return statistics.median(took for _, took in served)
+
+
+def datagrams(family, port=0, data=bytes(64)):
+    """Instructions of reading a UDP datagram that waits for it, in the median.
+
+    port: from which it comes; data: what is in it.
+    """
+    kind, _, address = FAMILIES[family]
+    with (
+        socket.socket(kind, socket.SOCK_DGRAM) as server,
+        socket.socket(kind, socket.SOCK_DGRAM) as client,
+    ):
+        server.bind((address, port))
+        client.bind((address, 0))
+        for _ in range(BURST):
+            server.sendto(data, client.getsockname()[:2])
+        took = alone(lambda: [timed(client.recv, 4096)[1] for _ in range(BURST)])
+    return statistics.median(took)
+
+
+def responses(family):
+    """The same of a DNS response with one address."""
+    return datagrams(family, 53, RESPONSE)
 
 
 def loopback_packets():
@@ -482,6 +513,13 @@ def whose():
     watch_kernel(some, connects, "a connect, -a, 2 networks", ["IPv6"])
 
 
+def names():
+    """What is read of the names that processes look up."""
+    some = ours("tcpconnect -d")
+    watch_kernel(some, datagrams, "a UDP datagram that is read, -d", ["IPv4"])
+    watch_kernel(some, responses, "a DNS response that is read, -d", ["IPv4"])
+
+
 def accept():
     watch_kernel(ACCEPT, accepts, "an accept")
     for name, given in ACCEPT_OPTIONS.items():
@@ -516,7 +554,7 @@ def growth():
 
 PARTS = {
     part.__name__: part
-    for part in (quick, connect, outcomes, whose, accept, own_cost, starts, growth)
+    for part in (quick, connect, outcomes, whose, names, accept, own_cost, starts, growth)
 }
 
 

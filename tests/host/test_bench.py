@@ -236,7 +236,7 @@ def test_what_is_no_part(monkeypatch, capsys, words):
     monkeypatch.setattr(sys, "argv", ["bench", *words])
     with pytest.raises(SystemExit):
         bench.parse_args()
-    assert "PART is one of connect, outcomes, whose," in capsys.readouterr().err
+    assert "PART is one of connect, outcomes, whose, names," in capsys.readouterr().err
 
 
 def test_what_is_committed_was_written_from_the_figures():
