@@ -744,6 +744,13 @@ def test_why_nothing_can_be_traced(shared, kernel):
         assert shared.explain({"kprobe": why}, "BTF").endswith(f"{why}{denied}")
     others = {"fexit": "no such function", "kprobe": "Invalid argument"}
     assert shared.explain(others, "BTF").endswith("; kprobe: Invalid argument")
+    no_headers = "headers: this kernel's headers are not installed"
+    for before in ({}, others):
+        tried = {**before, "headers": "Failed to compile BPF module <text>"}
+        kernel.headers = False
+        assert shared.explain(tried, "BTF").endswith(no_headers)
+        kernel.headers = True
+        assert shared.explain(tried, "BTF").endswith("BPF module <text>")
     kernel.root, kernel.lockdown = False, None
     hint = ": run as root, or see tcpconnect(8), REQUIREMENTS"
     assert shared.explain(FAILURES, "BTF") == reasons + hint
