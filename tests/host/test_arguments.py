@@ -65,11 +65,11 @@ OWN = {
         "other": "destination",
         "failed": """\
   -x, --failed          trace only failed connects, with the error
-  -m MS, --min-ms MS    trace connects that took at least MS (alone: with -l)
+  -m MS, --min-ms MS    trace connects that took at least MS (alone, implies -l)
 """,
         "columns": """\
   -L, --lport           include LPORT, the local port, on output
-  -l, --latency         print each connect once it ended: include ERR, LAT(ms)
+  -l, --latency         print each connect when it ends: include ERR, LAT(ms)
   --unit                include UNIT, the systemd unit or container, on output
   -d, --dns             include QUERY, the likely DNS name, on output
 """,
