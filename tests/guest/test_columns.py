@@ -269,5 +269,5 @@ def test_what_names_need(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "tcpconnect: error: -d/--dns needs cachetools: install python3-cachetools "
-        "(Debian, Ubuntu, Fedora), or pip install cachetools\n"
+        "(Arch: python-cachetools), or sudo pip install cachetools\n"
     )

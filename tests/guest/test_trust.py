@@ -400,6 +400,7 @@ def test_pid_that_does_not_exist_yet(start):
     last = pathlib.Path("/proc/sys/kernel/ns_last_pid")
     pid = int(last.read_text()) + 997
     (tool,) = start(f"tcpconnect -p {pid}")
+    assert tool.complaints() == [f"tcpconnect: no such process yet: {pid}"]
     last.write_text(str(pid - 1))
     worker = Worker(b"late", connect_nonblocking, 0, NOBODY4, 3)
     worker.report()

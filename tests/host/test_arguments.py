@@ -65,11 +65,11 @@ OWN = {
         "other": "destination",
         "failed": """\
   -x, --failed          trace only failed connects, with the error
-  -m MS, --min-ms MS    trace connects that took at least MS (alone: with -l)
+  -m MS, --min-ms MS    trace connects that took at least MS (alone, implies -l)
 """,
         "columns": """\
   -L, --lport           include LPORT, the local port, on output
-  -l, --latency         print each connect once it ended: include ERR, LAT(ms)
+  -l, --latency         print each connect when it ends: include ERR, LAT(ms)
   --unit                include UNIT, the systemd unit or container, on output
   -d, --dns             include QUERY, the likely DNS name, on output
 """,
@@ -206,6 +206,11 @@ def test_lists_with_a_bad_value(shared, capsys, option, what):
         (["181"], "unrecognized arguments: 181"),
         (["-y"], "unrecognized arguments: -y"),
         (["-t", "-z"], "unrecognized arguments: -z"),
+        (["--unit", "-z"], "unrecognized arguments: -z"),
+        (
+            ["--unit", "web"],
+            "unrecognized arguments: web: --cgroup web traces one unit",
+        ),
     ],
 )
 def test_no_such_arguments(shared, capsys, arguments, error):
@@ -439,14 +444,14 @@ def test_cgroup_of_a_container(shared, cgroups, path):
     for digits in (12, 13, 64):
         assert shared.cgroup(CONTAINER[:digits]) == str(cgroups / path)
     for name in (CONTAINER[:11], CONTAINER[1:], f"{CONTAINER}c", "0123456789AB"):
-        wanted = f"no such cgroup (v2), running unit or container: {name!r}"
-        assert of_kind(shared.cgroup, name) == wanted
+        wanted = f"no such cgroup (v2), running unit or container: {name!r}; "
+        assert of_kind(shared.cgroup, name) == f"{wanted}systemd-cgls shows them"
 
 
 @pytest.mark.parametrize("text", ["a\0b", "/a\0b", "\udcff", "/\udcff", "\ud800/"])
 def test_cgroup_of_odd_bytes(shared, cgroups, text):
-    wanted = f"no such cgroup (v2), running unit or container: {text!r}"
-    assert of_kind(shared.cgroup, text) == wanted
+    wanted = f"no such cgroup (v2), running unit or container: {text!r}; "
+    assert of_kind(shared.cgroup, text) == f"{wanted}systemd-cgls shows them"
     assert wanted.isprintable()
 
 
@@ -454,8 +459,8 @@ def test_cgroup_of_odd_bytes(shared, cgroups, text):
     "text", ["no-such", "", "/no/such", "web/", "w*b", "/etc", "cgroup.controllers"]
 )
 def test_no_such_cgroup(shared, cgroups, text):
-    wanted = f"no such cgroup (v2), running unit or container: {text!r}"
-    assert of_kind(shared.cgroup, text) == wanted
+    wanted = f"no such cgroup (v2), running unit or container: {text!r}; "
+    assert of_kind(shared.cgroup, text) == f"{wanted}systemd-cgls shows them"
 
 
 def test_second_mount_of_cgroup2(shared, cgroups, monkeypatch):
@@ -637,17 +642,36 @@ def test_ftrace_disabled(shared, tmp_path, monkeypatch, capsys):
 def test_pid_namespace(shared, monkeypatch, capsys):
     def is_in(inode):
         stat = {"/proc/self/ns/pid": SimpleNamespace(st_ino=inode)}
-        monkeypatch.setattr(shared, "os", SimpleNamespace(stat=stat.__getitem__))
+        monkeypatch.setattr(shared.os, "stat", stat.__getitem__)
 
     is_in(0xEFFFFFFC)
-    shared.warn_of_pid_namespace([181])
+    shared.warn_of_pids([os.getpid()])
     is_in(4026532123)
-    shared.warn_of_pid_namespace(None)
+    shared.warn_of_pids(None)
     assert capsys.readouterr() == ("", "")
-    shared.warn_of_pid_namespace([181])
+    shared.warn_of_pids([os.getpid()])
     assert capsys.readouterr().err == (
         "tcpconnect: running in a PID namespace; -p takes PIDs of the host\n"
     )
+
+
+def test_no_such_process(shared, monkeypatch, capsys):
+    """A process that we may not send signals to is one."""
+    errors = {7: ProcessLookupError, 11: PermissionError, 13: ProcessLookupError}
+
+    def kill(pid, number):
+        assert number == 0
+        if pid in errors:
+            raise errors[pid]
+
+    stat = {"/proc/self/ns/pid": SimpleNamespace(st_ino=0xEFFFFFFC)}
+    monkeypatch.setattr(shared.os, "stat", stat.__getitem__)
+    monkeypatch.setattr(shared.os, "kill", kill)
+    shared.warn_of_pids([5, 11])
+    shared.warn_of_pids(None)
+    assert capsys.readouterr() == ("", "")
+    shared.warn_of_pids([5, 7, 11, 13])
+    assert capsys.readouterr() == ("", "tcpconnect: no such process yet: 7, 13\n")
 
 
 def test_unprivileged(name):
@@ -674,8 +698,8 @@ def test_bcc_missing(name, no_bcc):
 def test_package_of_dns_missing(shared, monkeypatch, capsys):
     monkeypatch.setitem(shared.sys.modules, "cachetools", None)
     assert exits(capsys, shared.import_dns) == (
-        "-d/--dns needs cachetools: install python3-cachetools (Debian, Ubuntu, "
-        "Fedora), or pip install cachetools"
+        "-d/--dns needs cachetools: install python3-cachetools (Arch: "
+        "python-cachetools), or sudo pip install cachetools"
     )
 
 
@@ -720,6 +744,13 @@ def test_why_nothing_can_be_traced(shared, kernel):
         assert shared.explain({"kprobe": why}, "BTF").endswith(f"{why}{denied}")
     others = {"fexit": "no such function", "kprobe": "Invalid argument"}
     assert shared.explain(others, "BTF").endswith("; kprobe: Invalid argument")
+    no_headers = "headers: this kernel's headers are not installed"
+    for before in ({}, others):
+        tried = {**before, "headers": "Failed to compile BPF module <text>"}
+        kernel.headers = False
+        assert shared.explain(tried, "BTF").endswith(no_headers)
+        kernel.headers = True
+        assert shared.explain(tried, "BTF").endswith("BPF module <text>")
     kernel.root, kernel.lockdown = False, None
     hint = ": run as root, or see tcpconnect(8), REQUIREMENTS"
     assert shared.explain(FAILURES, "BTF") == reasons + hint
@@ -758,7 +789,7 @@ def test_method_that_this_kernel_does_not_offer(shared, kernel, monkeypatch):
     monkeypatch.setenv("TCPTOOLS_METHOD", "fexit")
     for btf in ("BTF", None):
         assert shared.explain({}, btf) == (
-            "this kernel does not offer TCPTOOLS_METHOD=fexit"
+            "this kernel does not offer TCPTOOLS_METHOD=fexit: unset it"
         )
 
 

@@ -94,7 +94,7 @@ def test_says_what_it_takes(demo, tmp_path):
     done = demo()
     assert (done.returncode, done.stderr) == (0, "")
     assert "downloads about 250 MB" in done.stdout
-    assert "in /home/somebody/.cache/tcptools (1.3 GB)\n" in done.stdout
+    assert "(1.3 GB) in\ndemo:     /home/somebody/.cache/tcptools\n" in done.stdout
     assert "sudo rm -r /home/somebody/.cache/tcptools\n" in done.stdout
     assert (tmp_path / "vm").read_text().splitlines() == [
         *("bookworm", "--ro", ".", "--"),

@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import re
+import signal
 import socket
 import struct
 import time
@@ -321,6 +322,29 @@ def test_counts(name, tool, monkeypatch):
             ),
         }[name]
     )
+
+
+@pytest.mark.parametrize(
+    ("number", "is_terminal", "between"),
+    [
+        (signal.SIGINT, True, ["\n"]),
+        (signal.SIGINT, False, []),
+        (signal.SIGTERM, True, []),
+    ],
+)
+def test_counts_begin_below_the_echo(shared, monkeypatch, number, is_terminal, between):
+    """Which is ^C, behind the header."""
+    items = [(shared.FLOW.pack(80, 4, bytes(16), bytes(16)), struct.pack("=Q", 7))]
+    written, args = [], parse(shared, "-c")
+    monkeypatch.setattr(shared, "write", written.append)
+    monkeypatch.setattr(shared, "stopping", [number])
+    monkeypatch.setattr(shared.os, "isatty", lambda fd: fd == 1 and is_terminal)
+    monkeypatch.setattr(shared, "map_items", lambda *_: items)
+    losses = SimpleNamespace(report=lambda: None)
+    cgroups = SimpleNamespace(check=lambda: None)
+    shared.print_counts(args, traced({"flows": 71}), losses, cgroups)
+    header, *others, row = written
+    assert (header.split()[-1], others, row.split()[-1]) == ("CONNECTS", between, "7")
 
 
 def test_many_counts(shared, monkeypatch):

@@ -9,7 +9,7 @@ LINES = load("tests/guest/pairs.py").LINES  # run by tests/guest/test_pairs.py
 COLUMNS = "--timestamp --print-uid --unit --lport --rport"
 EVENTS = "--dns --queue --failed --latency --min-ms --json --buffer-pages"
 COUNT = "-c/--count cannot be combined with {other}"
-NO_COUNT = "without -c/--count there is no {one}"
+NO_COUNT = "only with -c/--count: {one}"
 REFUSED = {
     "--ipv4": ("--ipv6", "argument {other}: not allowed with argument {one}"),
     "--json": (f"{COLUMNS} --time", "--json already includes these: drop {other}"),

@@ -1,5 +1,6 @@
 """What holds for the files as they are."""
 
+import ast
 import pathlib
 import re
 import subprocess
@@ -144,6 +145,35 @@ def test_man_page_has_what_messages_refer_to(name):
     assert f"see {name}(8), Lost events" in tool.LOSSES["skipped"]
     for hint in tool.LOSSES.values():
         assert f"events: {hint}".replace("-", "\\-") in text
+
+
+def clauses(text):
+    """The parts of a message of two words or more, without what varies."""
+    varies = r"[:;,()]|\b(?:was killed .*|exited .*|tcp_v6_connect)"
+    parts = re.split(varies, text)
+    return [part.strip() for part in parts if " " in part.strip()]
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_man_page_has_each_message(name):
+    """DIAGNOSTICS has each warning and error but usage errors, and no other."""
+    page = (TOP / f"man/man8/{name}.8").read_text().replace("\\-", "-")
+    page = page.partition(".SH DIAGNOSTICS\n")[2].partition("\n.SH ")[0]
+    source = (TOP / name).read_text()
+    printed = re.sub(r'"\n\s*f?"', "", source).replace("{NAME}", name)
+    for message in re.findall(r"\\fB(\w.*?)\\f[IR]", page):
+        for clause in clauses(message):
+            assert clause in printed
+    calls = [node for node in ast.walk(ast.parse(source)) if type(node) is ast.Call]
+    calls = [node for node in calls if getattr(node.func, "id", "") in ("warn", "fail")]
+    texts = [
+        [str(part.value) for part in ast.walk(call) if type(part) is ast.Constant]
+        for call in calls
+    ]
+    for text in filter(None, texts):
+        found = [clause for part in text for clause in clauses(part)]
+        assert found == [] or any(clause in page for clause in found), found
+    assert len(texts) > 20
 
 
 def test_modes_and_top_level():
