@@ -12,7 +12,7 @@
 WITH
     least(
         -- 1970 if there is none
-        (SELECT max(hour) + INTERVAL 1 HOUR FROM tcp_edges WHERE known = ''),
+        (SELECT max(hour + INTERVAL 1 HOUR) FROM tcp_edges WHERE known = ''),
         toStartOfHour({until:DateTime64(6, 'UTC')})
     ) AS stored_until,
     toDateTime64('2200-01-01 00:00:00', 6, 'UTC') AS never,

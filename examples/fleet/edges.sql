@@ -15,12 +15,11 @@ CREATE MATERIALIZED VIEW IF NOT EXISTS tcp_edges_refresh
 REFRESH EVERY 5 MINUTE APPEND TO tcp_edges AS
 WITH
     greatest(
-        (SELECT max(hour) + INTERVAL 1 HOUR FROM tcp_edges WHERE known = ''),
+        (SELECT max(hour + INTERVAL 1 HOUR) FROM tcp_edges WHERE known = ''),
         toStartOfHour(now('UTC') - INTERVAL 7 DAY)
     ) AS first_hour,
-    toDateTime('1970-01-01 01:00:00', 'UTC') AS none,
     (
-        SELECT if(count() = 0, none, toStartOfHour(min(ts)))
+        SELECT toStartOfHour(min(ts))   -- 1970 if there is none
         FROM tcp_events
         WHERE
             ts >= first_hour AND toStartOfHour(ts) >= first_hour
@@ -33,6 +32,6 @@ FROM
     UNION ALL
     SELECT '', '', '', '', '', '', 0, '', 0, next_hour, next_hour, ''
 )
-WHERE next_hour != none
+WHERE next_hour >= first_hour
 ORDER BY connections DESC
 SETTINGS distributed_foreground_insert = 1;
