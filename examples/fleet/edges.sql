@@ -6,7 +6,8 @@
 -- Each refresh stores one hour: the oldest that has events and comes after those that
 -- are stored, if it ended two hours ago. So long may rows be on their way. After a
 -- pause, the hours that are missing follow every 5 minutes, and none takes more memory
--- than the map of one hour.
+-- than the map of one hour. In the first half hour that the server is up, shippers send
+-- what has waited meanwhile.
 --
 -- The row in which known is '' comes last, and says that the hour is stored. If a
 -- server is killed in between, the hour is stored again, and its rows replace those
@@ -32,6 +33,6 @@ FROM
     UNION ALL
     SELECT '', '', '', '', '', '', 0, '', 0, next_hour, next_hour, ''
 )
-WHERE next_hour >= first_hour
+WHERE next_hour >= first_hour AND uptime() >= 1800
 ORDER BY connections DESC
 SETTINGS distributed_foreground_insert = 1;
