@@ -52,13 +52,17 @@ WITH
         FROM edges
         WINDOW
             same_client AS (
-                PARTITION BY client_host, client_comm, client_address, server_place, port
+                PARTITION BY
+                    client_host, client_comm, client_address, server_place, port
+            ),
+            same_processes AS (     -- begins as same_client, which saves a sort
+                PARTITION BY
+                    client_host, client_comm, client_address, server_place, port,
+                    known, server_comm
             ),
             same_server AS (
-                PARTITION BY client_place, server_host, server_comm, server_address, port
-            ),
-            same_processes AS (
-                PARTITION BY client_host, client_comm, server_host, server_comm, port, known
+                PARTITION BY
+                    client_place, server_host, server_comm, server_address, port
             )
     )
 SELECT * EXCEPT (client_place, server_place, begin)

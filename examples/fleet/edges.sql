@@ -1,4 +1,5 @@
--- edges.sql  Fills tcp_edges: stores the map of each hour, which so outlives the events.
+-- edges.sql  Fills tcp_edges: stores the map of each hour, so that it outlives the
+-- events.
 --
 -- For a ClickHouse server, 24.10 or newer. On a cluster, for one server, in the
 -- database fleet.
