@@ -572,9 +572,9 @@ def test_a_query_about_some_hours_reads_few_others():
 def changes(events, since, until=None, stored=()):
     """What is new, of events at µs since BEGIN, and rows of tcp_edges."""
     with database(*events) as session:
-        if stored:
-            rows = text(stored).decode()
-            session.query(f"INSERT INTO tcp_edges FORMAT JSONEachRow {rows}")
+        for row in stored:
+            insert = f"INSERT INTO tcp_edges FORMAT JSONEachRow {json.dumps(row)}"
+            session.query(insert)
         session.query(f"SET param_since = '{moment(since)}'")
         if until is not None:
             session.query(f"SET param_until = '{moment(until)}'")
@@ -699,7 +699,7 @@ def stored(at, comm="curl", connections=7, **more):
     row = {"client_host": "web1", "client_comm": comm, "server_host": "db2"}
     row |= {"server_comm": "nginx", "port": 80, "known": "both", **more}
     row |= {"first_seen": first, "last_seen": last, "connections": connections}
-    return [{"hour": hour, **row}, {"hour": hour}]
+    return [{"hour": hour, **row}, {"hour": hour, "first_seen": hour}]
 
 
 def test_what_was_before_the_events_is_known_from_tcp_edges():
