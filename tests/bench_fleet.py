@@ -213,7 +213,7 @@ def load(lines):
         return repeated(lambda: servicemap.load(session, [f"{directory}/lines"]))
 
 
-def script(lines):
+def script(lines, *args):
     """What servicemap takes for so many lines, with loading them, as a command."""
     servicemap = load_servicemap()
     connections = lines // 2
@@ -226,12 +226,17 @@ def script(lines):
                 )
                 write_lines(session, rows, f"{directory}/{side}.json")
         began = time.monotonic()
-        command = [sys.executable, SERVICEMAP, "--json"]
+        command = [sys.executable, SERVICEMAP, "--json", *args]
         command += [f"{directory}/1.json", f"{directory}/2.json"]
         answer = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
         seconds = time.monotonic() - began
     agree(expected, map(json.loads, answer.splitlines()))
     return children(seconds)
+
+
+def since(lines):
+    """The same with --since, all of them new."""
+    return script(lines, "--since", "2026-01-01T00:00:00Z")
 
 
 def large_map(edges):
@@ -263,7 +268,7 @@ def children(seconds):
 
 
 def measure(what, number):
-    """What a process of its own has measured: join, load, script or large_map."""
+    """What a process of its own has measured: one of those in main()."""
     command = [sys.executable, __file__, what, str(number)]
     return json.loads(
         subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
@@ -298,6 +303,7 @@ def figures():
     yield figure("servicemap", peak, found["peaks"][-1:])
     for what, number, whole in (
         ("script", SIZES[-1], f"{SIZES[-1]:,} lines as a command"),
+        ("since", SIZES[-1], f"{SIZES[-1]:,} lines as a command, --since"),
         ("large_map", EDGES, f"a map of {EDGES:,} edges as a command"),
     ):
         found = measure(what, number)
@@ -312,8 +318,9 @@ def figure(tool, what, values):
 
 def main():
     if sys.argv[1:]:
-        parts = {"join": join, "load": load, "script": script, "large_map": large_map}
-        print(json.dumps(parts[sys.argv[1]](int(sys.argv[2]))))
+        parts = join, load, script, since, large_map
+        part = {part.__name__: part for part in parts}[sys.argv[1]]
+        print(json.dumps(part(int(sys.argv[2]))))
         return
     for figure in figures():
         print(json.dumps(figure), flush=True)

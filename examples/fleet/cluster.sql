@@ -24,8 +24,9 @@ SELECT * FROM cluster('{cluster}', view(
 ));
 
 -- Only counts travel. The query of schema.sql is here again: a server would look for
--- the view that its own tcp_edges names in the database of the connection.
-CREATE OR REPLACE VIEW fleet.tcp_edges ON CLUSTER '{cluster}' AS
+-- the view that its own tcp_counts names in the database of the connection, which is
+-- not fleet_local.
+CREATE OR REPLACE VIEW fleet.tcp_counts ON CLUSTER '{cluster}' AS
 SELECT * FROM cluster('{cluster}', view(
     SELECT
         is_client_known, client_host, client_comm,
@@ -49,3 +50,18 @@ SELECT DISTINCT * FROM cluster('{cluster}', view(
         since = {since:DateTime64(6, 'UTC')}, until = {until:DateTime64(6, 'UTC')}
     )
 ));
+
+-- Here that helps: the views that fleet_local's names are those of fleet, as long as
+-- that is the database of the connection. A time travels as text, in seconds since
+-- 1970, which a server misreads if they are few.
+CREATE OR REPLACE VIEW fleet.tcp_map ON CLUSTER '{cluster}' AS
+WITH toDateTime64('2002-01-01 00:00:00', 6, 'UTC') AS least_time
+SELECT * FROM fleet_local.tcp_map(
+    since = greatest({since:DateTime64(6, 'UTC')}, least_time),
+    until = greatest({until:DateTime64(6, 'UTC')}, least_time)
+);
+
+-- All rows of an hour go to the same server, where they replace those that are there.
+CREATE TABLE IF NOT EXISTS fleet.tcp_edges ON CLUSTER '{cluster}'
+AS fleet_local.tcp_edges
+ENGINE = Distributed('{cluster}', fleet_local, tcp_edges, cityHash64(hour));

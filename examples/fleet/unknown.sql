@@ -15,7 +15,7 @@ WITH
             sum(edges.connections) AS connections,
             min(edges.first_seen) AS first_seen,
             max(edges.last_seen) AS last_seen
-        FROM tcp_edges(
+        FROM tcp_counts(
             since = {since:DateTime64(6, 'UTC')}, until = {until:DateTime64(6, 'UTC')}
         ) AS edges
         WHERE NOT is_matched AND NOT is_loopback

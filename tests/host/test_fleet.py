@@ -2,6 +2,7 @@
 command, and the other files there.
 """
 
+import argparse
 import contextlib
 import datetime
 import json
@@ -568,6 +569,168 @@ def test_a_query_about_some_hours_reads_few_others():
     assert int(read) * 2 < int(of)
 
 
+def changes(events, since, until=None, stored=()):
+    """What is new, of events at µs since BEGIN, and rows of tcp_edges."""
+    with database(*events) as session:
+        for row in stored:
+            insert = f"INSERT INTO tcp_edges FORMAT JSONEachRow {json.dumps(row)}"
+            session.query(insert)
+        session.query(f"SET param_since = '{moment(since)}'")
+        if until is not None:
+            session.query(f"SET param_until = '{moment(until)}'")
+        return servicemap.ask(session, (FLEET / "changes.sql").read_text())
+
+
+def moment(at):
+    """A time in µs since BEGIN, as the queries take it."""
+    return str(BEGIN + datetime.timedelta(microseconds=at))
+
+
+def pair(at, comm="curl", server="nginx", sport=40000, **more):
+    """A connect and its accept."""
+    return [
+        connect(at, comm, sport=sport, **more),
+        accept(at + 300, server, sport=sport, **more),
+    ]
+
+
+def test_what_is_new_is_exact():
+    """What begins at `since` is new, what has been 1 µs before is not; nor is what
+    begins at `until`.
+    """
+    since, until = 2 * HOUR + 7_000_000, 3 * HOUR + 11_000_000
+    events = [
+        *pair(since - 1, "before", sport=1),
+        *pair(since + 5, "before", sport=2),
+        *(one for n in range(3) for one in pair(since + n, "at", sport=10 + n)),
+        *pair(since - 1, "only before", sport=20),
+        *pair(0, "long before", sport=30),
+        *pair(until - 1, "long before", sport=31),
+        *(one for n in range(5) for one in pair(until - 1 - n, "end", sport=40 + n)),
+        *pair(until, "end", sport=50),
+        *pair(until, "after", sport=60),
+    ]
+    rows = changes(events, since, until)
+    assert edges_of(rows) == {edge("web1 at"): 3, edge("web1 end"): 5}
+    first = [connect(at)["ts"] for at in (since, until - 5)]
+    assert [row["first_seen"] for row in rows] == first
+    assert list(rows[0]) == list(answer(events)[0])
+    assert len(changes(events, 0)) == 6
+
+
+def test_an_edge_is_another_with_another_process_host_or_port():
+    since = HOUR
+    events = [
+        *pair(0),
+        *pair(since, sport=1),
+        *pair(since, "wget", sport=2),
+        *pair(since, server="caddy", sport=3),
+        *pair(since, dport=443, sport=4),
+        *(connect(since, host="web3", sport=5), accept(since + 1, sport=5)),
+        *(connect(since, sport=6), accept(since + 1, host="db4", sport=6)),
+    ]
+    assert edges_of(changes(events, since)) == {
+        edge("web1 wget"): 1,
+        edge(server="db2 caddy"): 1,
+        edge(port=443): 1,
+        edge("web3 curl"): 1,
+        edge(server="db4 nginx"): 1,
+    }
+
+
+# What is known of an edge before, what after, and whether the latter is new
+@pytest.mark.parametrize(
+    "before, after, is_new",
+    [
+        ("C A", "C", False),
+        ("C A", "A", False),
+        ("C", "C", False),
+        ("A", "A", False),
+        ("C", "C A", False),
+        ("A", "C A", True),
+        ("C", "A", True),
+        ("A", "C", True),
+    ],
+)
+def test_an_end_that_is_not_known_is_no_change(before, after, is_new):
+    """Of hosts whose addresses are known. Other processes there are a change."""
+
+    def made(at, what, sport):
+        both = dict(zip("CA", pair(at, sport=sport)))
+        return [both[kind] for kind in what.split()]
+
+    addresses = [
+        one
+        for at in (5, HOUR + 5)
+        for one in pair(at, "ssh", "sshd", sport=7, dport=22)
+    ]
+    others = connect(HOUR, "wget", sport=8), accept(HOUR, "caddy", sport=9)
+    events = [*made(0, before, 1), *made(HOUR, after, 2), *addresses, *others]
+    rows = changes(events, HOUR)
+    new = [row for row in rows if {"wget", "caddy"}.isdisjoint(row.values())]
+    assert (len(new), len(rows)) == (is_new, 2 + is_new)
+
+
+def test_an_external_host_is_its_address():
+    events = [
+        *(connect(at, sport=1, daddr=EXTERNAL) for at in (0, HOUR)),
+        *(accept(at, sport=2, saddr=EXTERNAL) for at in (0, HOUR)),
+        connect(HOUR, sport=3, daddr="198.51.100.8"),
+        accept(HOUR, sport=4, saddr="198.51.100.9"),
+    ]
+    assert edges_of(changes(events, HOUR)) == {
+        edge(server="? 198.51.100.8"): 1,
+        edge(client="? 198.51.100.9"): 1,
+    }
+
+
+def test_an_edge_is_the_same_if_it_is_translated():
+    events = [*pair(0), *pair(HOUR, sport=7)]
+    events[3] = accept(HOUR + 5, daddr="172.17.0.2", sport=7)
+    assert [row["nat"] for row in answer(events)] == ["", "dnat"]
+    assert changes(events, HOUR) == []
+
+
+def stored(at, comm="curl", connections=7, **more):
+    """Rows of tcp_edges: an edge, and that its hour is stored. at: its first and last
+    time, in µs since BEGIN.
+    """
+    hour, first, last = moment(at[0])[:13] + ":00:00", moment(at[0]), moment(at[1])
+    row = {"client_host": "web1", "client_comm": comm, "server_host": "db2"}
+    row |= {"server_comm": "nginx", "port": 80, "known": "both", **more}
+    row |= {"first_seen": first, "last_seen": last, "connections": connections}
+    return [{"hour": hour, **row}, {"hour": hour, "first_seen": hour}]
+
+
+def test_what_was_before_the_events_is_known_from_tcp_edges():
+    long_ago = -50 * 24 * HOUR
+    rows = [*stored((long_ago, long_ago + 9)), *stored((-HOUR, -9), "wget")]
+    events = [*pair(HOUR), *pair(HOUR, "wget", sport=2), *pair(HOUR, "new", sport=3)]
+    assert len(changes(events, HOUR)) == 3
+    assert edges_of(changes(events, HOUR, stored=rows)) == {edge("web1 new"): 1}
+
+
+def test_hours_that_are_stored_count_once():
+    """And the others from their events: those of the hour of `until`, too."""
+    at = HOUR, 2 * HOUR - 1
+    rows = [*stored(at, "stored", 5), *stored(at, connections=2)]
+    events = [
+        *(one for n in range(2) for one in pair(HOUR + n, sport=n + 1)),
+        *(one for n in range(3) for one in pair(2 * HOUR + n, sport=n + 11)),
+        *pair(2 * HOUR + 9, sport=21),
+    ]
+    both = {edge("web1 stored"): 5, edge(): 6}
+    # An hour that is stored twice is there once
+    assert edges_of(changes(events, HOUR, stored=rows + rows)) == both
+    assert edges_of(changes(events, 0, stored=rows)) == both
+    assert edges_of(changes(events, HOUR + 1, stored=rows)) == {}
+    until = 2 * HOUR + 3
+    assert edges_of(changes(events, HOUR, until, stored=rows)) == {**both, edge(): 5}
+    # Its edge without events has no place in a part of the hour
+    until = HOUR + 1
+    assert edges_of(changes(events, HOUR, until, stored=rows)) == {edge(): 1}
+
+
 CLUSTER = """
 <clickhouse>
     <tcp_port>9000</tcp_port>
@@ -596,7 +759,7 @@ session.query("SET param_since = '2000-01-01 00:00:00'")
 session.query("SET param_until = '2100-01-01 00:00:00'")
 rows = pathlib.Path(lines).read_text()
 session.query(f"INSERT INTO tcp_events FORMAT JSONEachRow {rows}")
-for name in ("servicemap", "failures", "unknown", "lost", "clocks"):
+for name in ("servicemap", "changes", "failures", "unknown", "lost", "clocks"):
     answer = session.query((fleet / f"{name}.sql").read_text(), "JSONEachRow").bytes()
     print(json.dumps([json.loads(line) for line in answer.splitlines()]))
 """
@@ -633,7 +796,7 @@ def test_cluster(tmp_path, servers):
         text=True,
         check=True,
     ).stdout
-    names = ("servicemap", "failures", "unknown", "lost", "clocks")
+    names = ("servicemap", "changes", "failures", "unknown", "lost", "clocks")
     for name, line in zip(names, said.splitlines()):
         expected = answer(events, name)
         assert expected or name == "unknown"
@@ -713,6 +876,81 @@ def test_part_of_the_map():
     assert hosts("--host", "nobody") == hosts("--host", b"\xff") == []
     assert hosts("--top", "2") == ["c", "it's \\"]
     assert hosts("--top", "1", "--host", "a") == ["a"]
+
+
+def test_since():
+    """What is new since then: by default all of it, or of a host, or the largest."""
+    events = [
+        *(connect(at, daddr=EXTERNAL, sport=n) for n, at in enumerate((0, HOUR))),
+        *(connect(HOUR + n, "new", daddr=EXTERNAL, sport=n + 10) for n in range(3)),
+        *(connect(HOUR + n, "b", "h2", daddr=EXTERNAL, sport=n + 20) for n in range(5)),
+    ]
+    lines = text([*events, lost("web1", 17)])
+
+    def found(since, *args):
+        out, err, status = run("--json", "--since", since, *args, stdin=lines)
+        assert status == 0
+        rows = map(json.loads, out.splitlines())
+        return {row["client_comm"]: row["connections"] for row in rows}, err
+
+    said = (
+        "servicemap: web1 lost 17 events (buffer_full): what they were is missing here"
+    )
+    assert found("2026-11-24T11:00:00Z") == ({"new": 3, "b": 5}, f"{said}\n")
+    assert found("2026-11-24T13:00:00.000001+02:00")[0] == {}
+    assert found("2026-11-24T11:00:00Z", "--host", "h2")[0] == {"b": 5}
+    assert found("2026-11-24T11:00:00Z", "--top", "1")[0] == {"b": 5}
+    first = "servicemap: no events before 2026-11-24T10:00:00Z: all edges look new"
+    assert found("2026-11-24T12:00:00+02:00") == (
+        {"curl": 2, "new": 3, "b": 5},
+        f"{first}\n{said}\n",
+    )
+    out, _, _ = run("--since", "2026-11-24 11:00:00z", "--top", "1", stdin=lines)
+    assert out == (
+        "CLIENT COMM SERVER       COMM PORT NAT COUNT FIRST                LAST\n"
+        "h2     b    198.51.100.7 -    80   -   5     "
+        "2026-11-24T11:00:00Z 2026-11-24T11:00:00Z\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("2026-11-29T10:00:00Z", "2026-11-29 10:00:00"),
+        ("2026-11-29t10:00:00z", "2026-11-29 10:00:00"),
+        ("2026-11-29 10:00:00.5+02:00", "2026-11-29 08:00:00.500000"),
+        ("2026-11-29T10:00:00.123456789-00:30", "2026-11-29 10:30:00.123456"),
+        ("1970-01-01T00:00:00Z", "1970-01-01 00:00:00"),
+    ],
+)
+def test_times(text, expected):
+    assert servicemap.utc_time(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "today",
+        "2026-11-29",
+        "2026-11-29T10:00:00",
+        "2026-11-29T10:00Z",
+        "2026-13-29T10:00:00Z",
+        "2026-11-29T25:00:00Z",
+        "2026-11-29T10:00:00.Z",
+        "2026-11-29T10:00:00+24:00",
+        "2026-11-29T10:00:00Z'",
+        "2026-11-29T10:00:00Z\n",
+        "\u0662026-11-29T10:00:00Z",
+        "0001-01-01T00:00:00+02:00",
+        "9999-12-31T23:59:59-02:00",
+        "1970-01-01T00:00:00+00:01",
+        "2106-02-07T00:00:00Z",
+    ],
+)
+def test_what_is_no_time(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="not a time as 2026-11-29T1"):
+        servicemap.utc_time(text)
 
 
 def test_a_graph_too_large_for_mermaid():
@@ -810,6 +1048,9 @@ def test_errors(args, stdin, message):
         ["--host", "web1", "--unknown"],
         ["--top", "3", "--failures"],
         ["--top", "0"],
+        ["--since", "2026-11-29T10:00:00Z", "--unknown"],
+        ["--since", "2026-11-29T10:00:00Z", "--failures"],
+        ["--since", "2026-11-29"],
         ["-", "-"],
         ["--nonsense"],
     ],

@@ -93,8 +93,8 @@ def expected_map(fleet, hosts):
     return edges
 
 
-def found_map(lines):
-    rows = [((*row.values(),)[:8], row) for row in answer(lines)]
+def found_map(lines, *args):
+    rows = [((*row.values(),)[:8], row) for row in answer(lines, *args)]
     found = {(*first, row["nat"]): row["connections"] for first, row in rows}
     assert len(found) == len(rows)
     return found
@@ -113,6 +113,20 @@ def test_map_of_late_and_duplicated_lines(fleet):
     lines = lines_of(fleet, HOSTS).splitlines(keepends=True) * 2
     random.Random(6).shuffle(lines)
     assert found_map(b"".join(lines)) == expected_map(fleet, HOSTS)
+
+
+def test_what_is_new(fleet):
+    """Since "deploy" connected to app2, whose tools were off. What connected from there
+    may be gunicorn, as before.
+    """
+    lines = lines_of(fleet, HOSTS)
+    rows = map(json.loads, lines.splitlines())
+    since = min(row["ts"] for row in rows if row.get("comm") == "deploy")
+    assert found_map(lines, "--since", f"{since}Z") == {
+        edge: count
+        for edge, count in expected_map(fleet, HOSTS).items()
+        if edge[1] in ("deploy", "monitor")
+    }
 
 
 @pytest.mark.parametrize("missing", [None, "db3"])

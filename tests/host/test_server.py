@@ -16,13 +16,16 @@ from test_fleet import (
     accept,
     connect,
     database,
+    edge,
+    edges_of,
     event,
     lost,
+    pair,
     servicemap,
     text,
 )
 
-QUERIES = ("servicemap", "failures", "unknown", "lost")
+QUERIES = ("servicemap", "changes", "failures", "unknown", "lost")
 ALL = ("2000-01-01 00:00:00", "2100-01-01 00:00:00")
 INSERT = {
     "user": "tcptools",
@@ -143,6 +146,107 @@ def test_queries(cluster):
     part = expected(events, *hour)
     assert answers(cluster[0], *hour) == part
     assert all(part[query] and part[query] != whole[query] for query in QUERIES)
+
+
+def connections(hour, comm, count, port=1):
+    """So many in an hour; port: the first one's source port."""
+    begin, _ = begin_of_hour(hour)
+    return [
+        one
+        for n in range(count)
+        for one in pair(begin + n * 60_000_000, comm, sport=port + n)
+    ]
+
+
+def store_hours(server):
+    """Begin to, without waiting for half an hour first, and when refresh() says so."""
+    sql = (FLEET / "edges.sql").read_text()
+    for ours, other in (
+        (" AND uptime() >= 1800", ""),
+        ("EVERY 5 MINUTE", "EVERY 1 YEAR"),
+    ):
+        assert sql.count(ours) == 1
+        sql = sql.replace(ours, other)
+    server.run(sql, database="fleet")
+
+
+def refresh(server, times):
+    """Have the hours that are missing stored, as if time went by."""
+    for _ in range(times):
+        server.query("SYSTEM REFRESH VIEW fleet.tcp_edges_refresh")
+        server.query("SYSTEM WAIT VIEW fleet.tcp_edges_refresh")
+
+
+def stored(server):
+    """[(hour, name of the client's process, connections)]; the last two are empty where
+    an hour is said to be whole. What is there twice is here twice.
+    """
+    rows = server.query(
+        "SELECT toString(hour), client_comm, toUInt32(connections) FROM tcp_edges "
+        "ORDER BY ALL FORMAT JSONCompactEachRow",
+        user="reader",
+        database="fleet",
+    )
+    return [tuple(json.loads(line)) for line in rows.splitlines()]
+
+
+def everywhere(cluster, statement):
+    """What ON CLUSTER does."""
+    for server in cluster:
+        server.query(statement, database="fleet_local")
+
+
+def test_hours_are_stored(cluster):
+    """Each once and whole, by one server, whatever was stored before."""
+    hours = [begin_of_hour(hour)[1] for hour in (9, 8, 7, 5)]
+    failed = event("connect_failed", begin_of_hour(7)[0], "web1", "curl", error="EPERM")
+    first, rest = connections(9, "first", 3), connections(5, "later", 7, port=20)
+    rest += connections(8, "first", 5, port=10) + connections(0, "now", 11, port=30)
+    cluster[0].query(text([*first, failed, *rest]), **INSERT)
+    store_hours(cluster[1])
+    refresh(cluster[1], 5)
+    whole = [
+        *((hours[0], "", 0), (hours[0], "first", 3)),
+        *((hours[1], "", 0), (hours[1], "first", 5)),
+        (hours[2], "", 0),  # it has events, and no edges
+        *((hours[3], "", 0), (hours[3], "later", 7)),
+    ]
+    assert stored(cluster[2]) == whole
+    # What was late is stored with its hour, as the README says
+    cluster[2].query(text(connections(5, "late", 2, port=50)), **INSERT)
+    refresh(cluster[1], 1)
+    assert stored(cluster[0]) == whole
+    cluster[1].query("SYSTEM STOP VIEW fleet.tcp_edges_refresh")
+    everywhere(cluster, f"DELETE FROM tcp_edges WHERE hour >= '{hours[2]}'")
+    cluster[1].query("SYSTEM START VIEW fleet.tcp_edges_refresh")
+    refresh(cluster[1], 2)
+    whole.insert(-1, (hours[3], "late", 2))
+    assert stored(cluster[0]) == whole
+    # A server was killed in the middle
+    everywhere(cluster, f"DELETE FROM tcp_edges WHERE hour = '{hours[3]}' AND known=''")
+    refresh(cluster[1], 1)
+    everywhere(cluster, "OPTIMIZE TABLE tcp_edges FINAL")
+    assert stored(cluster[0]) == whole
+
+
+def test_what_is_new(cluster):
+    """With stored hours the answers are the same, and there are some when the events
+    have expired.
+    """
+    events = connections(9, "first", 3) + connections(8, "second", 5, port=10)
+    events += connections(1, "first", 7, port=20) + connections(1, "new", 11, port=30)
+    cluster[0].query(text(events), **INSERT)
+    store_hours(cluster[0])
+    refresh(cluster[0], 2)
+    assert len(stored(cluster[0])) == 4
+    times = [(begin_of_hour(9)[1], ALL[1]), (begin_of_hour(8)[1], begin_of_hour(1)[1])]
+    for time in times:
+        assert ask(cluster[1], "changes", *time) == expected(events, *time)["changes"]
+    everywhere(cluster, "TRUNCATE TABLE tcp_events")
+    cluster[2].query(text(connections(0, "first", 2, port=50)), **INSERT)
+    cluster[2].query(text(connections(0, "newest", 13, port=60)), **INSERT)
+    found = edges_of(ask(cluster[1], "changes", begin_of_hour(8)[1], ALL[1]))
+    assert found == {edge("web1 second"): 5, edge("web1 newest"): 13}
 
 
 def test_rights(cluster):
