@@ -554,7 +554,9 @@ def growth():
 
 PARTS = {
     part.__name__: part
-    for part in (quick, connect, outcomes, whose, names, accept, own_cost, starts, growth)
+    for part in (
+        *(quick, connect, outcomes, whose, names, accept, own_cost, starts, growth),
+    )
 }
 
 
