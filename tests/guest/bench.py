@@ -555,7 +555,15 @@ def growth():
 PARTS = {
     part.__name__: part
     for part in (
-        *(quick, connect, outcomes, whose, names, accept, own_cost, starts, growth),
+        quick,
+        connect,
+        outcomes,
+        whose,
+        names,
+        accept,
+        own_cost,
+        starts,
+        growth,
     )
 }
 
