@@ -411,7 +411,11 @@ def start(command):
         took = spent(process)
         time.sleep(1)
         assert not has_children(process)
-        resident, peak = status(process, "VmRSS"), stop(process)
+        resident, own_peak = status(process, "VmRSS"), status(process, "VmHWM")
+        peak = stop(process)
+        # What this script had when it started the tool counts as the tool's there
+        if peak <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss:
+            peak = own_peak
     return took, peak / 1024, resident / 1024
 
 
