@@ -211,6 +211,7 @@ def test_lists_with_a_bad_value(shared, capsys, option, what):
             ["--unit", "web"],
             "unrecognized arguments: web: --cgroup web traces one unit",
         ),
+        (["a\x1b[1m\n\udcff"], r"unrecognized arguments: a\x1b[1m\n\udcff"),
     ],
 )
 def test_no_such_arguments(shared, capsys, arguments, error):
@@ -251,6 +252,11 @@ def test_all_that_count_excludes_is_named(name, tool, capsys):
             [],
             {"TCPTOOLS_METHOD": "foo"},
             "TCPTOOLS_METHOD=foo: must be fexit, kprobe or headers",
+        ),
+        (
+            [],
+            {"TCPTOOLS_METHOD": "a\n\x9b"},
+            r"TCPTOOLS_METHOD=a\n\x9b: must be fexit, kprobe or headers",
         ),
     ],
 )
