@@ -2,7 +2,8 @@
 -- before `until`. The columns are those of servicemap.sql, and count from there on.
 --
 -- What was before is known from tcp_edges (edges.sql), up to 90 days back, and from the
--- events for the hours that are not stored there. What is in neither is new.
+-- events for the hours that are not stored there. What is in neither is new. Rows that
+-- arrive after their hour was stored are not seen here.
 --
 -- An edge of which one end is not known is not new, if an edge from before may be the
 -- same: it has the same process at the known end, the same port, and at the other end

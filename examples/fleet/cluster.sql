@@ -51,9 +51,9 @@ SELECT DISTINCT * FROM cluster('{cluster}', view(
     )
 ));
 
--- Here that helps: the views that fleet_local's names are those of fleet, as long as
--- that is the database of the connection. A time travels as text, in seconds since
--- 1970, which a server misreads if they are few.
+-- The views that fleet_local.tcp_map names are looked up in the database of the
+-- connection, too: these are fleet's, as long as that is the database. A time travels
+-- as text, in seconds since 1970, which a server misreads if they are few.
 CREATE OR REPLACE VIEW fleet.tcp_map ON CLUSTER '{cluster}' AS
 WITH toDateTime64('2002-01-01 00:00:00', 6, 'UTC') AS least_time
 SELECT * FROM fleet_local.tcp_map(

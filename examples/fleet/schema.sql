@@ -545,8 +545,8 @@ FROM edges
 GROUP BY ALL;
 
 -- The maps of past hours, one by one, as edges.sql stores them, for longer than the
--- events are kept. Empty without it. An hour that is stored twice counts once, by
--- FINAL.
+-- events are kept. Empty without it. An hour that is stored twice, from the same
+-- events, counts once, by FINAL.
 CREATE TABLE IF NOT EXISTS tcp_edges
 (
     hour           DateTime('UTC') CODEC(Delta, ZSTD),  -- its begin

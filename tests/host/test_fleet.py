@@ -905,6 +905,8 @@ def test_since():
         {"curl": 2, "new": 3, "b": 5},
         f"{first}\n{said}\n",
     )
+    after = "servicemap: no events since 2026-11-24T12:00:00Z: no edge can be new"
+    assert found("2026-11-24T12:00:00Z") == ({}, f"{after}\n{said}\n")
     out, _, _ = run("--since", "2026-11-24 11:00:00z", "--top", "1", stdin=lines)
     assert out == (
         "CLIENT COMM SERVER       COMM PORT NAT COUNT FIRST                LAST\n"
@@ -1020,6 +1022,14 @@ def test_lost_events_are_reported():
     assert err == (
         "servicemap: web\\x1b1 lost 17 events (buffer_full): "
         "what they were is missing here\n"
+    )
+
+
+def test_usage_errors_are_one_line():
+    out, err, status = run("--no\x1b[1m\nsuch")
+    assert (out, status) == ("", 2)
+    assert err.splitlines()[-1] == (
+        "servicemap: error: unrecognized arguments: --no\\x1b[1m\\nsuch"
     )
 
 
