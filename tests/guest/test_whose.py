@@ -232,12 +232,37 @@ def see(tmp_path_factory, method, top):
     server = socket.create_server(("127.0.0.1", 0), backlog=128)
     acceptor = Worker(b"acceptor", serve_forever, server)
     four, six = map(text_of, NETWORKS)
-    count = f"-c -i 1 -P {server.getsockname()[1]}"
-    options = {
-        "json": f"--json -a {four}",
-        "table": f"--unit -n job -a {six}",
-        "count": f"{count} -T --per-process",
-    }
+    count = {"count": f"-T -c -i 1 --per-process -P {server.getsockname()[1]}"}
+    rows = {"json": f"--json -a {four}", "table": f"--unit -n job -a {six}"}
+
+    def started(options):
+        return running_tools(tmp_path_factory, method, options)
+
+    try:
+        # Not beside the others: after each interval it makes system calls on maps, and
+        # the kernel may skip all kprobes' programs meanwhile
+        with started(count) as counting:
+            done = load(server, counting.values())
+            until(lambda: all(map(has_empty_table, counting.values())))
+        with started(rows) as printing, all_addresses_local():
+            known = work(top)
+            for tool in printing.values():  # so that it looks after the end of them
+                tool.process.send_signal(signal.SIGSTOP)
+            known += work_of_a_short_life(top)
+            for tool in printing.values():
+                tool.process.send_signal(signal.SIGCONT)
+    finally:
+        os.kill(acceptor.pid, signal.SIGKILL)
+        os.waitpid(acceptor.pid, 0)
+    tools = {**counting, **printing}
+    return SimpleNamespace(known=known, done=done, tools=tools, acceptor=acceptor.pid)
+
+
+@contextlib.contextmanager
+def running_tools(tmp_path_factory, method, options):
+    """{(name, kind): Tool} of both tools with the options of each kind, which trace
+    with this method. In the end they exit.
+    """
     environment = {"TCPTOOLS_METHOD": method, "TCPTOOLS_DEBUG": "1"}
     environment = {"env": {**os.environ, **environment}}
     tools = {
@@ -251,23 +276,12 @@ def see(tmp_path_factory, method, top):
         for tool in tools.values():
             tool.wait_for_header()
             assert tool.method() == method
-        done = load(server, [tools[name, "count"] for name in TOOLS])
-        with all_addresses_local():
-            known = work(top)
-            for tool in tools.values():  # so that it looks after the end of them
-                tool.process.send_signal(signal.SIGSTOP)
-            known += work_of_a_short_life(top)
-            for tool in tools.values():
-                tool.process.send_signal(signal.SIGCONT)
-        until(lambda: all(has_empty_table(tools[name, "count"]) for name in TOOLS))
+        yield tools
         for tool in tools.values():
             tool.end()
     finally:
         for tool in tools.values():
             tool.process.kill()
-        os.kill(acceptor.pid, signal.SIGKILL)
-        os.waitpid(acceptor.pid, 0)
-    return SimpleNamespace(known=known, done=done, tools=tools, acceptor=acceptor.pid)
 
 
 @pytest.mark.parametrize("name", TOOLS)
