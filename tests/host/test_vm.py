@@ -36,13 +36,14 @@ FAULTS = (
 
 @pytest.fixture
 def at_fault(tmp_path):
-    """at_fault(line, status): whether that is its kernel's fault."""
+    """at_fault(line, status): whether that is its kernel's fault, or the emulator's."""
     source = (TOP / "tests/vm").read_text()
-    function = re.search(r"(?ms)^kernel_at_fault\(\) \{.*?^\}", source)[0]
+    functions = re.findall(r"(?ms)^\w+_at_fault\(\) \{.*?^\}", source)
 
-    def run(line, status):
+    def run(line, status, what="kernel", accelerator="tcg"):
         (tmp_path / "console").write_text(f"{NOISE}[   62.000001] {line}\r\n{NOISE}")
-        script = f"console=$1\n{function}\nkernel_at_fault {status}"
+        script = f"console=$1 accelerator={accelerator}\n"
+        script += "\n".join([*functions, f"{what}_at_fault {status}"])
         done = subprocess.run(
             ["bash", "-uc", script, "bash", tmp_path / "console"], check=False
         )
@@ -64,6 +65,33 @@ def test_lockup(at_fault):
     assert [line for line in LOCKUPS if not at_fault(line, 255)] == []
 
 
+def test_emulator_at_fault(at_fault):
+    """The kernel's first Oops is for an int3, and the guest ended of it."""
+    for line in (
+        "Oops: int3: 0000 [#1] SMP NOPTI",
+        "int3: 0000 [#1] PREEMPT SMP NOPTI",
+    ):
+        assert at_fault(line, 255, "emulator")
+        assert not at_fault(line, 0, "emulator")
+        assert not at_fault(line, 255, "emulator", "kvm")
+        assert at_fault(line, 0) and at_fault(line, 255)
+    others = ["Oops: int3: 0000 [#2] SMP NOPTI", *FAULTS, *LOCKUPS]
+    assert [line for line in others if at_fault(line, 255, "emulator")] == []
+
+
+def test_a_guest_that_the_emulator_ended(machine):
+    """Its status is that of one that died without a word from its kernel."""
+    _, stderr, status = machine.run("true", TCPTOOLS_ACCEL="tcg", GUEST="int3")
+    assert (status, machine.boots()) == (255, ["tcg"])
+    assert stderr.splitlines()[-2:] == [
+        "tests/vm: QEMU's emulation ran an int3 that was gone (QEMU issue 4669)",
+        "tests/vm: the guest ended before its command did",
+    ]
+    _, stderr, status = machine.run("true", GUEST="int3")
+    assert (status, machine.boots()) == (70, ["tcg", "kvm"])
+    assert stderr.splitlines()[-1] == "tests/vm: the guest's kernel reported a fault"
+
+
 # Stands in for virtme-ng: writes down whether it may use KVM, and runs the guest's
 # command on the host, unless GUEST says that a guest with KVM, or any, does not boot.
 VNG = """#!/bin/bash
@@ -75,6 +103,12 @@ kvm-panics) echo "[ 1.0] Kernel panic" >>"$CONSOLE" && exec sleep 1000 ;;
 kvm-ends | *-never) exit 255 ;;
 *-hangs) echo $$ >"$BOOTS.pid" && exec sleep 1000 ;;
 *-slow) sleep 3 ;;
+*-int3)
+    echo "tests/vm: up"
+    echo "[ 1.0] Oops: int3: 0000 [#1] SMP NOPTI" >>"$CONSOLE"
+    echo "[ 1.1] Kernel panic - not syncing: Fatal exception" >>"$CONSOLE"
+    exit 255
+    ;;
 esac
 echo "qemu: a warning" >&2
 exec bash -c "${@: -1}"
