@@ -259,9 +259,12 @@ def compare(name, options, ours, theirs, mapped_port):
         assert (plain[0], mapped[0]) == ([], [])
         assert total(plain[1]) == expected(name, options)[0]
         return
-    if "-d" in options and NO_NAMES_ARE_FOUND:
-        assert {row.pop("QUERY") for row in plain[0]} == {"-"}
-        assert {row.pop("QUERY") for row in plain[1]} == {"-", "six.example.com"}
+    if "-d" in options:
+        # The visitor's. Theirs may read a response after the connect that follows it
+        names = sorted(row.pop("QUERY") for row in plain[1])
+        assert names == ["-"] * (len(names) - 1) + ["six.example.com"]
+        found = {row.pop("QUERY") for row in plain[0]} - {"-"}
+        assert found <= (set() if NO_NAMES_ARE_FOUND else {"six.example.com"})
     assert in_order(plain[0]) == in_order(plain[1])
     counts = (total(plain[0]), *map(total, mapped))
     assert counts == expected(name, options), why["mapped"]
