@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
@@ -48,6 +49,12 @@ def load(name):
     )
     loader.exec_module(module)
     return module
+
+
+def option_names(tool):
+    """All options in the help, each as a list of its names: -p, --pid."""
+    lines = re.findall(r"^  (-.+?)(?:  |$)", tool.HELP, re.MULTILINE)
+    return [re.findall(r"(?<!\S)--?\w[\w-]*", line) for line in lines]
 
 
 def parse(tool, *arguments):
