@@ -10,11 +10,12 @@ from conftest import TOP, load
 
 SHARE = "usr/share"
 DOC, COMPLETIONS = f"{SHARE}/doc/tcptools", f"{SHARE}/bash-completion/completions"
+LINK = f"{COMPLETIONS}/tcpaccept"
 # Where each file comes from
 FILES = {
     "usr/bin/tcpaccept": "tcpaccept",
     "usr/bin/tcpconnect": "tcpconnect",
-    f"{COMPLETIONS}/tcpaccept": "examples/completion.bash",
+    LINK: "examples/completion.bash",
     f"{COMPLETIONS}/tcpconnect": "examples/completion.bash",
     f"{DOC}/README.md": "README.md",
     f"{DOC}/changelog.gz": ".github/CHANGELOG.md",
@@ -63,9 +64,11 @@ def unpacked(package, tmp_path_factory):
 
 def test_files(unpacked):
     """Each has the repository's contents."""
-    control = {"DEBIAN/control", "DEBIAN/md5sums", f"{DOC}/copyright"}
+    installed = {*FILES, f"{DOC}/copyright"}
     found = [path for path in unpacked.rglob("*") if not path.is_dir()]
-    assert {str(path.relative_to(unpacked)) for path in found} == {*FILES, *control}
+    assert {str(path.relative_to(unpacked)) for path in found} == {
+        *(*installed, "DEBIAN/control", "DEBIAN/md5sums"),
+    }
     for path, source in FILES.items():
         contents = (unpacked / path).read_bytes()
         if path.endswith(".gz"):
@@ -73,6 +76,8 @@ def test_files(unpacked):
         assert contents == (TOP / source).read_bytes()
     check = ["md5sum", "--check", "--strict", "--quiet", "DEBIAN/md5sums"]
     output(*check, cwd=unpacked)
+    sums = (unpacked / "DEBIAN/md5sums").read_text().splitlines()
+    assert {line.split()[1] for line in sums} == installed - {LINK}
 
 
 def test_modes(package):
@@ -103,8 +108,9 @@ def test_man_finds_the_page(name, unpacked):
 
 
 def test_built_again_it_is_the_same(package, tmp_path):
-    """From another directory, with another umask."""
-    done = build(".", cwd=tmp_path, preexec_fn=lambda: os.umask(0o077))
+    """From another directory, with another umask, and in another group."""
+    options = {"group": 65534} if os.geteuid() == 0 else {}
+    done = build(".", cwd=tmp_path, umask=0o077, **options)
     assert done.returncode == 0, done.stderr
     (again,) = tmp_path.iterdir()
     assert done.stdout == f"{again}\n"
