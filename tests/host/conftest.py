@@ -1,5 +1,6 @@
 """The tools as modules, and as commands."""
 
+import functools
 import importlib.util
 import pathlib
 import re
@@ -42,8 +43,14 @@ def clickhouse_library():
         pytest.skip(f"NO CLICKHOUSE SERVER: {why}")
 
 
+class Loader(SourceFileLoader):
+    """Compiles a script once, however often it is loaded."""
+
+    get_code = functools.cache(SourceFileLoader.get_code)
+
+
 def load(name):
-    loader = SourceFileLoader(name, str(TOP / name))
+    loader = Loader(name, str(TOP / name))
     module = importlib.util.module_from_spec(
         importlib.util.spec_from_loader(name, loader)
     )
