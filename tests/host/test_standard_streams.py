@@ -34,10 +34,6 @@ def test_stderr_takes_nothing(redirection):
     assert (status, text[:7]) == (0, "usage: ")
 
 
-def test_stdin_closed():
-    assert shell("<&-", "-h") == shell("", "-h")
-
-
 @pytest.mark.parametrize("option", ["-h", "-V"])
 def test_what_exits_at_once_on_a_full_disk(option):
     line = "tcpconnect: error: cannot write: No space left on device\n"
