@@ -44,19 +44,19 @@ COMMAND = """\
 printf '%s\\0' "$@" >>~/arguments
 echo "finished: $0"
 """
-# The real findmnt, with another table of mounts.
-FINDMNT = """\
-#!/bin/sh
-exec /usr/bin/findmnt --tab-file ~/mounts "$@"
-"""
-# Stands for systemctl list-units OPTION... PATTERN.
-SYSTEMCTL = """\
+SCRIPTS = {
+    **dict.fromkeys((*TOOLS, "sudo"), COMMAND),
+    # The real one, with another table of mounts
+    "findmnt": '#!/bin/sh\nexec /usr/bin/findmnt --tab-file ~/mounts "$@"\n',
+    # As systemctl list-units OPTION... PATTERN
+    "systemctl": """\
 #!/bin/sh
 for pattern; do :; done
 for unit in web.service web@2.service; do
     case $unit in $pattern) echo "$unit loaded active running Some title" ;; esac
 done
-"""
+""",
+}
 
 
 class Shell:
@@ -64,9 +64,7 @@ class Shell:
 
     def __init__(self, setup, home):
         self.setup, self.home = setup, home
-        scripts = {**dict.fromkeys(TOOLS, COMMAND), "sudo": COMMAND}
-        scripts.update({"findmnt": FINDMNT, "systemctl": SYSTEMCTL})
-        for name, text in scripts.items():
+        for name, text in SCRIPTS.items():
             (home / name).write_text(text)
             (home / name).chmod(0o755)
         for name in (".bashrc", ".zshrc"):
@@ -77,19 +75,13 @@ class Shell:
         (directory / "tcpaccept").symlink_to("tcpconnect")
         self.terminal, end = pty.openpty()
         command = ["zsh", "-d"] if setup == "zsh" else ["bash", "--noprofile"]
-        environment = {
-            "HOME": str(home),
-            "PATH": f"{home}:/usr/sbin:/usr/bin:/sbin:/bin",
-            "TERM": "dumb",
-            "INPUTRC": "/dev/null",
-        }
+        environment = {"HOME": str(home), "TERM": "dumb", "INPUTRC": "/dev/null"}
+        environment["PATH"] = f"{home}:/usr/sbin:/usr/bin:/sbin:/bin"
         self.process = subprocess.Popen(
             ["setsid", "--ctty", *command],
             cwd=home,
             env=environment,
-            stdin=end,
-            stdout=end,
-            stderr=end,
+            **dict.fromkeys(("stdin", "stdout", "stderr"), end),
         )
         os.close(end)
 

@@ -178,14 +178,6 @@ def test_man_page_has_each_message(name):
 def test_modes_and_top_level():
     for script in (*PYTHON, *SHELL):
         assert (TOP / script).stat().st_mode & 0o111 == 0o111
-    listed = subprocess.run(
-        ["git", "-c", "safe.directory=*", "ls-files"],
-        cwd=TOP,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    visible = {
-        path.split("/")[0] for path in listed.splitlines() if not path.startswith(".")
-    }
+    listed = check("git", "-c", "safe.directory=*", "ls-files").splitlines()
+    visible = {path.split("/")[0] for path in listed if not path.startswith(".")}
     assert visible == {*TOOLS, "man", "examples", "tests", "README.md", "LICENSE"}
