@@ -1,4 +1,4 @@
-"""Each two options together, in the command lines of pairs.py, on real traffic: each
+"""Each two options together, in the command lines of command_lines.py, on real traffic: each
 filter alone hides some of it.
 """
 
@@ -12,7 +12,7 @@ import socket
 
 import pytest
 from conftest import IPV4, IPV6, Worker, best_method, only_on, own_comm, row
-from pairs import LINES
+from command_lines import LINES
 from test_columns import ask, without_age, without_latency
 from test_filters import make_map
 from test_kinds import CLONE_NEWNS
