@@ -14,6 +14,7 @@ import socket
 import subprocess
 import termios
 import time
+import traceback
 
 import dnslib
 import pytest
@@ -29,8 +30,8 @@ HOSTS = {  # that the DNS server knows
     "six.example.com": ("AAAA", IPV6),
     "alias.example.com": ("CNAME", "www.example.net", IPV4),
 }
-# Seconds until a tool that shows no header is held to be stuck: a guard, not a measure
-DEADLINE = 1500
+# Seconds until what a test waits for is held to be stuck: a guard, not a measure
+DEADLINE = 180
 
 
 def pytest_sessionstart(session):
@@ -183,11 +184,11 @@ class Tool:
         return b"\n" in self.out.read_bytes()
 
     def wait_for_header(self):
-        deadline = time.monotonic() + DEADLINE
-        while not self.has_header():
+        def is_there():
             assert self.process.poll() is None, self.err.read_text()
-            assert time.monotonic() < deadline, "no header"
-            time.sleep(0.05)
+            return self.has_header()
+
+        until("the header", is_there)
 
     def rows(self):
         """What it has printed below the header."""
@@ -295,26 +296,32 @@ def running(directories, commands, **env):
         assert tool.complaints() == []
 
 
-def until(there_is):
-    """What there_is() gives, once it gives anything."""
+def until(what, there_is):
+    """What there_is() gives, once it gives anything. what: for whom it does not."""
     deadline = time.monotonic() + DEADLINE
     while not (found := there_is()):
-        assert time.monotonic() < deadline, "it does not come"
-        time.sleep(0.2)
+        assert time.monotonic() < deadline, f"waited {DEADLINE} s for {what}"
+        time.sleep(0.05)
     return found
+
+
+def read_byte(descriptor, what):
+    """Wait for a worker that writes a byte when it is ready."""
+    is_ready = select.select([descriptor], [], [], DEADLINE)[0]
+    assert is_ready, f"waited {DEADLINE} s for {what}"
+    os.read(descriptor, 1)
 
 
 def rows_until(tool, begin, marker):
     """The rows of a running tool from number `begin` on, up to a row of the process
     `marker`, which must come.
     """
-    deadline = time.monotonic() + DEADLINE
-    rows = tool.rows()
-    while not rows or not rows[-1].startswith(f"{marker:<7} "):
-        assert time.monotonic() < deadline, "the marker does not show"
-        time.sleep(0.05)
+
+    def rows_if_marked():
         rows = tool.rows()
-    return rows[begin:-1]
+        return rows if rows and rows[-1].startswith(f"{marker:<7} ") else None
+
+    return until("the marker's row", rows_if_marked)[begin:-1]
 
 
 @contextlib.contextmanager
@@ -360,23 +367,36 @@ class Worker:
         reader, writer = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            status = 1
-            try:
-                os.close(reader)
-                pathlib.Path("/proc/self/comm").write_bytes(comm)
-                os.write(writer, json.dumps(function(*args)).encode())
-                status = 0
-            finally:
-                os._exit(status)
+            os.close(reader)
+            run_worker(comm, writer, function, *args)
         os.close(writer)
         self.pipe = reader
 
-    def report(self):
+    def report(self, seconds=DEADLINE):
+        """One that takes longer fails, and the message shows what it waits for."""
+        if not select.select([self.pipe], [], [], seconds)[0]:
+            os.kill(self.pid, signal.SIGALRM)
         with open(self.pipe) as pipe:
             text = pipe.read()
         _, status = os.waitpid(self.pid, 0)
-        assert status == 0, "the worker failed"
+        assert status == 0, f"the worker failed: {text}"
         return json.loads(text)
+
+
+def run_worker(comm, writer, function, *args):
+    """Run a worker's function, write what it returns or its traceback, and exit."""
+    text, status = "", 1
+    try:
+        signal.signal(signal.SIGALRM, give_up)
+        pathlib.Path("/proc/self/comm").write_bytes(comm)
+        text, status = json.dumps(function(*args)), 0
+    finally:
+        os.write(writer, (text or traceback.format_exc()).encode())
+        os._exit(status)
+
+
+def give_up(*_):
+    raise TimeoutError("the worker takes too long")
 
 
 def own_comm():

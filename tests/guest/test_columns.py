@@ -22,12 +22,7 @@ from conftest import (
     row,
 )
 from test_options import Traffic
-from traffic import (
-    accept_in_threads,
-    connect_nonblocking,
-    listener,
-    waiting,
-)
+from traffic import connect_nonblocking, listener, waiting
 
 pytestmark = only_at_both_ends
 
@@ -126,31 +121,6 @@ def test_queue(start, method, family, address, ip):
     assert table.stop() == rows
     known = [json.loads(line) for line in lines.stop()]
     assert [(line["qlen"], line["qmax"]) for line in known] == queues
-
-
-@best_method_only
-def test_queue_of_threads_that_waited_before(start, method):
-    """Which socket they wait at is not known, so neither is its queue, but what they
-    accept is shown.
-    """
-    server = listener(socket.AF_INET, IPV4)
-    port = server.getsockname()[1]
-    ready, tell = os.pipe()
-    worker = Worker(b"blocked", accept_in_threads, server, 5, tell)
-    os.read(ready, 1)
-    table, lines = start("tcpaccept -q", "tcpaccept -q --json", TCPTOOLS_METHOD=method)
-    client = Worker(b"client", connect_nothing, port, 5)
-    client.report()
-    worker.report()
-    unknown = f"{port:<5} -     -"
-    assert table.stop() == [row(worker.pid, "blocked", 4, IPV4, IPV4, unknown)] * 5
-    known = [json.loads(line) for line in lines.stop()]
-    assert [("qlen" in line, line["dport"]) for line in known] == [(False, port)] * 5
-
-
-def connect_nothing(port, count):
-    for _ in range(count):
-        socket.create_connection((IPV4, port)).close()
 
 
 def ask(name, kind="A", server="127.0.0.1"):

@@ -1,4 +1,4 @@
-"""Each two options together, in the command lines of command_lines.py, on real traffic: each
+"""Each two options together, in the lines of command_lines.py, on real traffic: each
 filter alone hides some of it.
 """
 
@@ -11,8 +11,8 @@ import re
 import socket
 
 import pytest
-from conftest import IPV4, IPV6, Worker, best_method, only_on, own_comm, row
 from command_lines import LINES
+from conftest import IPV4, IPV6, Worker, best_method, only_on, own_comm, row
 from test_columns import ask, without_age, without_latency
 from test_filters import make_map
 from test_kinds import CLONE_NEWNS

@@ -17,7 +17,6 @@ from conftest import (
     TOOLS,
     TOP,
     Worker,
-    both_methods,
     both_methods_on_oldest,
     btf_without,
     changed_btf,
@@ -26,16 +25,9 @@ from conftest import (
     only_at_both_ends,
     only_on,
     probed_functions,
-    row,
     show,
 )
-from traffic import (
-    accept_in_threads,
-    connect_often,
-    listener,
-    run_mixed_traffic,
-    serve,
-)
+from traffic import listener, run_mixed_traffic, serve
 
 
 def test_every_connection_once(start):
@@ -159,50 +151,6 @@ def test_pid_is_a_process_not_a_thread(start, method):
     )
     assert len(accepts.stop()) == 24
     assert nobody.stop() == []
-
-
-def take_turns(cpu, family, address, port, count, my_turn, your_turn):
-    """Connect `count` times from one CPU, in turns with another process."""
-    os.sched_setaffinity(0, {cpu})
-    for _ in range(count):
-        os.read(my_turn, 1)
-        with socket.socket(family) as client:
-            client.connect((address, port))
-        os.write(your_turn, b".")
-
-
-@both_methods_on_oldest
-def test_order_across_cpus_and_families(start, method):
-    (tool,) = start("tcpconnect -t", TCPTOOLS_METHOD=method)
-    servers = [listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)]
-    ports = [server.getsockname()[1] for server in servers]
-    (a, to_a), (b, to_b) = os.pipe(), os.pipe()
-    workers = [
-        Worker(b"a", take_turns, 0, socket.AF_INET, IPV4, ports[0], 101, a, to_b),
-        Worker(b"b", take_turns, 1, socket.AF_INET6, IPV6, ports[1], 101, b, to_a),
-    ]
-    os.write(to_a, b".")
-    for worker in workers:
-        worker.report()
-    rows = [line.split() for line in tool.stop()]
-    assert [fields[2] for fields in rows] == ["a", "b"] * 101
-    times = [float(fields[0]) for fields in rows]
-    assert times[0] == 0 and times == sorted(times)
-    assert tool.out.read_text().startswith("TIME(s)   PID     COMM ")
-
-
-@both_methods
-def test_many_threads_blocked_in_accept_before(start, method):
-    """Before tracing began: neither fexit nor a kretprobe sees them return."""
-    server = listener(socket.AF_INET, IPV4)
-    ready, tell = os.pipe()
-    worker = Worker(b"blocked", accept_in_threads, server, 211, tell)
-    os.read(ready, 1)
-    (tool,) = start("tcpaccept", TCPTOOLS_METHOD=method)
-    connect_often(IPV4, server.getsockname()[1], 211)
-    assert len(worker.report()) == 211
-    line = row(worker.pid, "blocked", 4, IPV4, IPV4, server.getsockname()[1])
-    assert tool.stop() == [line] * 211
 
 
 @only_on("trixie")

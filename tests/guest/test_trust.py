@@ -20,14 +20,12 @@ import pytest
 from conftest import (
     DEADLINE,
     IPV4,
-    IPV6,
     NOBODY4,
     NOBODY6,
     TOOLS,
     TOP,
     Worker,
     best_method,
-    both_methods,
     both_methods_on_oldest,
     failures,
     only_on,
@@ -39,8 +37,6 @@ from traffic import (
     LINGER_0,
     connect_nonblocking,
     connect_refused,
-    connect_to,
-    is_accepting,
     listener,
     lost,
     port_of,
@@ -536,34 +532,6 @@ def test_nothing_is_left_behind(start):
     while left_behind() != before and time.monotonic() < deadline:
         time.sleep(0.1)  # the kernel frees maps a little later
     assert left_behind() == before
-
-
-@both_methods
-def test_blocked_beside_another_server(start, method):
-    """A server already blocked in accept() when tracing starts.
-
-    Its next connection shows, and so do another's.
-    """
-    old, new = listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)
-    ports = [server.getsockname()[1] for server in (old, new)]
-    blocked = Worker(b"blocked", accept_blocking, old, 3)
-    while not is_accepting(blocked.pid):
-        time.sleep(0.01)
-    (tool,) = start("tcpaccept", TCPTOOLS_METHOD=method)
-    other = Worker(b"other", accept_blocking, new, 3)
-    both = [(socket.AF_INET6, IPV6, ports[1]), (socket.AF_INET, IPV4, ports[0])]
-    Worker(b"client", connect_to, both * 3).report()
-    blocked.report()
-    other.report()
-    six = row(other.pid, "other", 6, IPV6, IPV6, ports[1])
-    four = row(blocked.pid, "blocked", 4, IPV4, IPV4, ports[0])
-    assert sorted(tool.stop()) == sorted([six, four] * 3)
-
-
-def accept_blocking(server, count):
-    for _ in range(count):
-        with server.accept()[0] as peer:
-            peer.send(b".")
 
 
 def lock_down(level):
