@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -152,6 +153,7 @@ both_methods_on_oldest = pytest.mark.parametrize(
     "method", METHODS if release() == "bullseye" else [best_method()]
 )
 
+# The oldest kernel, where the best method is fexit, and the newest, where it is kprobe
 only_at_both_ends = only_on("bullseye", "sid")
 
 
@@ -168,7 +170,7 @@ class Tool:
     """
 
     def __init__(self, directory, command, pipe=None, wrapper=(), **options):
-        name, *args = command.split()
+        name, *args = shlex.split(command)
         self.out, self.err, self.pipe = directory / "out", directory / "err", pipe
         self.titles = 0 if "--json" in args else 1
         with self.out.open("wb") as out, self.err.open("wb") as err:
@@ -189,6 +191,10 @@ class Tool:
             return self.has_header()
 
         until("the header", is_there)
+
+    def wait_for(self, text):
+        """Until it has printed this on stderr."""
+        until(f"{text!r} on stderr", lambda: text in self.err.read_text())
 
     def rows(self):
         """What it has printed below the header."""
@@ -227,13 +233,14 @@ def failures(commands=TOOLS, wrapper=(), **options):
     """
     processes = {
         command: subprocess.Popen(
-            [*wrapper, TOP / command.split()[0], *command.split()[1:]],
+            [*wrapper, TOP / name, *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             **options,
         )
         for command in commands
+        for name, *args in [shlex.split(command)]
     }
     said = {}
     for command, process in processes.items():
@@ -301,7 +308,7 @@ def until(what, there_is):
     deadline = time.monotonic() + DEADLINE
     while not (found := there_is()):
         assert time.monotonic() < deadline, f"waited {DEADLINE} s for {what}"
-        time.sleep(0.05)
+        time.sleep(0.1)
     return found
 
 

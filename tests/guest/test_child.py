@@ -16,8 +16,9 @@ from conftest import (
     TOP,
     Worker,
     best_method,
-    both_methods_on_oldest,
+    best_method_only,
     failures,
+    only_at_both_ends,
     only_on,
     probed_functions,
 )
@@ -27,7 +28,7 @@ from traffic import connect_refused
 MB = 1 << 20
 on_trixie = only_on("trixie")  # for this is not about the kernel
 OPTIONS = {
-    "tcpconnect": ["-c", "--json", "-d -x -T -t -U -L"],
+    "tcpconnect": ["-c", "-d -x -T -t -U -L"],
     "tcpaccept": ["-q --json"],
 }
 
@@ -45,7 +46,8 @@ def resident_bytes(pid):
     return own + sum(map(resident_bytes, children(pid)))
 
 
-@both_methods_on_oldest
+@only_at_both_ends
+@best_method_only
 def test_memory(start, method):
     """Before the first event: 25 MB, and 30 with -d."""
     commands = [f"{name} {given}" for name in TOOLS for given in OPTIONS[name]]

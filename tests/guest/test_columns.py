@@ -1,5 +1,6 @@
 """-c, -q, -d: tables of counts, the accept queue, and the names that were looked up."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,8 +9,8 @@ import socket
 import subprocess
 
 import dnslib
-import pytest
 from conftest import (
+    DEADLINE,
     IPV4,
     IPV6,
     NOBODY4,
@@ -20,6 +21,7 @@ from conftest import (
     best_method_only,
     only_at_both_ends,
     row,
+    until,
 )
 from test_options import Traffic
 from traffic import connect_nonblocking, listener, waiting
@@ -88,35 +90,37 @@ def accept_later(server, go, count):
         server.accept()[0].close()
 
 
+def fill_and_accept(family, address, backlog, count):
+    """A server that accepts so many connections once all wait; (its PID, its port)."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(listener(family, address, backlog))
+        reader, writer = os.pipe()
+        worker = Worker(b"server", accept_later, server, reader, count)
+        for _ in range(count):
+            stack.enter_context(socket.create_connection(server.getsockname()[:2]))
+        until(f"{count} waiting connections", lambda: waiting(server) == count)
+        os.write(writer, b".")
+        worker.report()
+        return worker.pid, server.getsockname()[1]
+
+
 @best_method_only
-@pytest.mark.parametrize(
-    ("family", "address", "ip"),
-    [(socket.AF_INET, IPV4, 4), (socket.AF_INET6, IPV6, 6)],
-    ids=["IPv4", "IPv6"],
-)
-def test_queue(start, method, family, address, ip):
+def test_queue(start, method):
     """What waits still at that accept, and how many may: of a queue of 4, filled by 5,
     and of one that is not full.
     """
     table, lines = start("tcpaccept -q", "tcpaccept -q --json", TCPTOOLS_METHOD=method)
     rows, queues = [], []
-    for backlog, count in ((4, 5), (17, 3)):
-        server = listener(family, address, backlog)
-        port = server.getsockname()[1]
-        reader, writer = os.pipe()
-        worker = Worker(b"server", accept_later, server, reader, count)
-        clients = [
-            socket.create_connection(server.getsockname()[:2]) for _ in range(count)
-        ]
-        while waiting(server) < count:
-            os.sched_yield()
-        os.write(writer, b".")
-        worker.report()
-        for client in (*clients, server):
-            client.close()
+    for family, address, ip, backlog, count in (
+        (socket.AF_INET, IPV4, 4, 4, 5),
+        (socket.AF_INET, IPV4, 4, 17, 3),
+        (socket.AF_INET6, IPV6, 6, 4, 5),
+        (socket.AF_INET6, IPV6, 6, 17, 3),
+    ):
+        pid, port = fill_and_accept(family, address, backlog, count)
         for left in reversed(range(count)):
             queue = f"{port:<5} {left:<5} {backlog}"
-            rows.append(row(worker.pid, "server", ip, address, address, queue))
+            rows.append(row(pid, "server", ip, address, address, queue))
             queues.append((left, backlog))
     assert table.stop() == rows
     known = [json.loads(line) for line in lines.stop()]
@@ -143,7 +147,7 @@ def ask_and_connect(questions, address, port):
 @best_method_only
 def test_names(start, names, method):
     """What the process itself asked for, else what any did; over IPv4 and IPv6; the
-    name asked for, not its alias.
+    name asked for, not its alias; by the C library's resolver.
     """
     servers = [listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)]
     port4, port6 = (server.getsockname()[1] for server in servers)
@@ -164,12 +168,15 @@ def test_names(start, names, method):
     found = []
     for questions, address, port, name in cases:
         server = servers[0] if address == IPV4 else servers[1]
+        server.settimeout(DEADLINE)
         worker = Worker(b"client", ask_and_connect, questions, address, port)
         with server.accept()[0] as connection:
             connection.send(b".")
         worker.report()
         ip = 4 if address == IPV4 else 6
         found.append((row(worker.pid, "client", ip, address, address, ""), port, name))
+    pid = visit_with_curl(servers[0])
+    found.append((row(pid, "curl", 4, IPV4, IPV4, ""), port4, "www.example.com"))
     shown = table.stop()
     assert [without_age(line) for line in shown] == [
         f"{front}{port:<5} {name or '-'}" for front, port, name in found
@@ -189,22 +196,14 @@ def without_age(text):
     return text.partition(" (")[0]
 
 
-def test_names_of_a_real_resolver(start, names):
-    """curl, by the C library's resolver."""
-    server = listener(socket.AF_INET, IPV4)
-    port = server.getsockname()[1]
-    (table,) = start("tcpconnect -d", TCPTOOLS_METHOD=best_method())
-    curl = subprocess.Popen(
-        ["curl", "-s", "-4", f"http://www.example.com:{port}/"],
-        stdout=subprocess.DEVNULL,
-    )
+def visit_with_curl(server):
+    """Its PID. It looks names up by the C library's resolver."""
+    url = f"http://www.example.com:{server.getsockname()[1]}/"
+    curl = subprocess.Popen(["curl", "-s", "-4", url], stdout=subprocess.DEVNULL)
     with server.accept()[0] as connection:
         connection.recv(4096)
-    curl.wait()
-    (line,) = table.stop()
-    assert without_age(line) == row(
-        curl.pid, "curl", 4, IPV4, IPV4, f"{port:<5} www.example.com"
-    )
+    curl.wait(DEADLINE)
+    return curl.pid
 
 
 def test_more_responses_than_the_buffer_holds(start, names):
@@ -234,6 +233,7 @@ def test_what_names_need(tmp_path):
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        timeout=DEADLINE,
         check=False,
     )
     assert (done.returncode, done.stdout) == (1, "")

@@ -11,7 +11,7 @@ import time
 
 import dnslib
 import pytest
-from conftest import NOBODY4, Worker, both_methods_on_oldest, until
+from conftest import NOBODY4, Worker, best_method_only, only_at_both_ends, until
 from traffic import listener
 
 SERVER = "127.0.0.66"  # a DNS server that resolv.conf does not name
@@ -84,7 +84,8 @@ def resolv_conf():
     path.write_text(before)
 
 
-@both_methods_on_oldest
+@only_at_both_ends
+@best_method_only
 def test_what_is_believed_and_seen(start, resolv_conf, method):
     tool, failed = start(
         "tcpconnect -d --json", "tcpconnect -d -x --json", TCPTOOLS_METHOD=method
@@ -109,7 +110,8 @@ def test_what_is_believed_and_seen(start, resolv_conf, method):
             other.report()
             for pid, names in ((reader.pid, own), (other.pid, others)):
                 expected.extend((pid, *row) for row in zip(addresses, names))
-            until(lambda: f'"pid": {other.pid},' in tool.out.read_text())
+            last = f'"pid": {other.pid},'
+            until("the other's row", lambda: last in tool.out.read_text())
 
         evil, fine = (
             response("evil.example", TARGETS[0]),

@@ -17,7 +17,7 @@ from conftest import (
     TOOLS,
     TOP,
     Worker,
-    both_methods_on_oldest,
+    best_method_only,
     btf_without,
     changed_btf,
     failures,
@@ -73,6 +73,7 @@ def test_btf_cut_short(tmp_path):
         assert line.startswith(f"{name}: error: no usable BTF ({BTF}) and no kernel")
 
 
+@only_at_both_ends
 def test_unprivileged():
     nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     said = failures(wrapper=nobody)
@@ -125,7 +126,8 @@ def connect_in_threads(cpu, port, count, go):
     return ports
 
 
-@both_methods_on_oldest
+@only_at_both_ends
+@best_method_only
 def test_pid_is_a_process_not_a_thread(start, method):
     server = listener(socket.AF_INET, IPV4)
     port = server.getsockname()[1]

@@ -26,8 +26,10 @@ from conftest import (
     TOP,
     Worker,
     best_method,
+    best_method_only,
     both_methods_on_oldest,
     failures,
+    only_at_both_ends,
     only_on,
     probed_functions,
     row,
@@ -151,7 +153,8 @@ def test_softirq_on_top_of_a_program(start):
         assert (seen, tool.complaints()) == (expected, [])
 
 
-@both_methods_on_oldest
+@only_at_both_ends
+@best_method_only
 def test_stopped_while_connects_happen(start, method):
     """10,007 fit into one CPU's buffer; of 20,011 those that fit, the first ones, and
     the exact number of the others.
@@ -164,8 +167,7 @@ def test_stopped_while_connects_happen(start, method):
         tool.process.send_signal(signal.SIGCONT)
         small.process.send_signal(signal.SIGCONT)
         if count == 10007:
-            while len(tool.rows()) < count:
-                time.sleep(0.1)
+            until(f"{count} rows", lambda: len(tool.rows()) >= 10007)
     rows = tool.stop()
     ports = [int(line.split()[5]) for line in rows]
     fitting = len(rows) - 10007
@@ -175,7 +177,8 @@ def test_stopped_while_connects_happen(start, method):
     assert 110 > len(few) == 30018 - lost(small)
 
 
-@both_methods_on_oldest
+@only_at_both_ends
+@best_method_only
 def test_slow_reader(start, method):
     """Of a pipe that nobody reads for a while."""
     reader, writer = os.pipe()
@@ -186,7 +189,7 @@ def test_slow_reader(start, method):
     thread.start()
     tool.end()
     os.close(writer)
-    thread.join()
+    thread.join(DEADLINE)
     rows = said[0].splitlines()[1:]
     assert lost(tool) > 0 and len(rows) == 30011 - lost(tool)
     assert all(line.split()[1] == "burst" for line in rows)
@@ -223,8 +226,7 @@ def test_load(start):
     tool.process.send_signal(signal.SIGSTOP)
     both_cpus(15013)  # fills the buffers of both
     tool.process.send_signal(signal.SIGCONT)
-    while len(tool.rows()) < 20100:
-        time.sleep(0.1)
+    until("20100 rows", lambda: len(tool.rows()) >= 20100)
     warm = peak_kb(pid)
     began = time.monotonic()
     both_cpus(count)
@@ -268,6 +270,7 @@ def capabilities(*numbers):
 CAP_IPC_LOCK, CAP_SYS_RESOURCE, CAP_PERFMON, CAP_BPF = 14, 24, 38, 39
 
 
+@only_at_both_ends
 @both_methods_on_oldest
 def test_few_capabilities(start, method):
     """Those that the man page names, and no root.
@@ -290,6 +293,7 @@ def test_few_capabilities(start, method):
     assert [tool.complaints() for tool in tools] == [[], []]
 
 
+@only_at_both_ends
 @pytest.mark.parametrize("numbers", [(), (CAP_BPF,), (CAP_PERFMON,)])
 def test_too_few_capabilities(numbers):
     assert failures(preexec_fn=capabilities(*numbers)) == {
@@ -378,6 +382,7 @@ def test_no_tcp_v6_connect(start, tmp_path):
     ] * 5
 
 
+@only_at_both_ends
 def test_ftrace_disabled():
     """Fexit programs and kprobes would attach, and see nothing."""
     switch = pathlib.Path("/proc/sys/kernel/ftrace_enabled")
@@ -436,10 +441,11 @@ def connect_and_accept_on_cpu(cpu, count):
     return worker.pid
 
 
+@only_at_both_ends
 def test_cpu_comes_online(start):
     """After it was offline: as CPUs are in every suspend."""
-    tools = start(*TOOLS, TCPTOOLS_METHOD="fexit")
-    tools += start(*TOOLS, TCPTOOLS_METHOD="kprobe")
+    tools = start("tcpconnect", TCPTOOLS_METHOD="fexit")
+    tools += start("tcpaccept", TCPTOOLS_METHOD="kprobe")
     switch = pathlib.Path("/sys/devices/system/cpu/cpu1/online")
     switch.write_text("0")
     switch.write_text("1")
@@ -447,7 +453,7 @@ def test_cpu_comes_online(start):
     lines = [f"{t.process.args[0].name}: lost 1 events: " for t in tools]
     lines = [f"{line}their CPU had just come online" for line in lines]
     for tool, line in zip(tools, lines):
-        until(lambda tool=tool, line=line: line in tool.err.read_text())
+        tool.wait_for(line)
     pid = connect_and_accept_on_cpu(1, 13)
     for tool, line in zip(tools, lines):
         rows = tool.stop()
@@ -468,7 +474,7 @@ def test_clock_of_a_time_namespace(start):
     before = utc()
     worker = Worker(b"late", connect_nonblocking, 0, NOBODY4, 7)
     worker.report()
-    until(lambda: len(tool.rows()) == 7)
+    until("7 rows", lambda: len(tool.rows()) == 7)
     after = utc()
     times = [json.loads(line)["ts"] for line in tool.rows()]
     assert all(before <= ts[:19] <= after for ts in times)
@@ -510,21 +516,22 @@ def left_behind():
     return [probed_functions(), *kinds, events, directories, settings()]
 
 
+@only_at_both_ends
 def test_nothing_is_left_behind(start):
     """After every kind of exit, and with each method."""
     before = left_behind()
     reader, writer = os.pipe()
-    tools = start(*TOOLS, TCPTOOLS_METHOD="fexit")
-    tools += start(*TOOLS, TCPTOOLS_METHOD="kprobe")
+    killed = start("tcpconnect", TCPTOOLS_METHOD="fexit")
+    killed += start("tcpaccept", TCPTOOLS_METHOD="kprobe")
+    (stopped,) = start("tcpaccept", TCPTOOLS_METHOD="fexit")
     (piped,) = start("tcpconnect", options={"pipe": writer}, TCPTOOLS_METHOD="kprobe")
     os.close(writer)
     during = left_behind()
     assert all(during[kind] > before[kind] for kind in range(3))
     assert during[4:] == before[4:]
     os.close(reader)
-    tools[0].stop(signal.SIGINT)
-    tools[3].stop(signal.SIGTERM)
-    for tool in tools[1:3]:
+    stopped.stop(signal.SIGTERM)
+    for tool in killed:
         tool.process.kill()
         tool.process.wait()
     assert piped.process.wait(DEADLINE) == 0
@@ -541,6 +548,7 @@ def lock_down(level):
     pathlib.Path("/sys/kernel/security/lockdown").write_text(level)
 
 
+@only_at_both_ends
 @pytest.mark.last  # for there is no way back
 def test_locked_down(start):
     """For integrity, how the kernel is preempted cannot be read: it may be any way.
