@@ -331,6 +331,13 @@ def rows_until(tool, begin, marker):
     return until("the marker's row", rows_if_marked)[begin:-1]
 
 
+def first_line(process, what):
+    """Of what a process prints into a pipe."""
+    is_ready = select.select([process.stdout], [], [], DEADLINE)[0]
+    assert is_ready, f"waited {DEADLINE} s for {what}"
+    return process.stdout.readline()
+
+
 @contextlib.contextmanager
 def mounted_cgroups(top):
     """Mount the cgroups (v2) on a directory; in the end, what is made below goes."""

@@ -18,9 +18,11 @@ from conftest import (
     best_method,
     best_method_only,
     failures,
+    first_line,
     only_at_both_ends,
     only_on,
     probed_functions,
+    until,
 )
 from test_trust import left_behind, loaded
 from traffic import connect_refused
@@ -81,10 +83,8 @@ def compiling(tmp_path):
     def start(name):
         process = piped(name, tmp_path)
         started.append(process)
-        while not children(process.pid):
-            assert process.poll() is None
-            time.sleep(0.01)
-        return process, children(process.pid)[0]
+        (child,) = until("the child that compiles", lambda: children(process.pid))
+        return process, child
 
     yield start
     for process in started:
@@ -164,7 +164,7 @@ def test_little_memory(tmp_path, megabytes):
     for name in TOOLS:
         limit = limited(resource.RLIMIT_AS, megabytes * MB)
         process = piped(name, tmp_path, preexec_fn=limit)
-        if process.stdout.readline():
+        if first_line(process, "a header or the end"):
             process.terminate()
             assert process.wait(DEADLINE) == 0
             continue

@@ -10,7 +10,7 @@ import subprocess
 import threading
 
 import pytest
-from conftest import TOP, only_on, until
+from conftest import DEADLINE, TOP, only_on, until
 from traffic import connect_refused, run_mixed_traffic
 
 FLEET = TOP / "examples/fleet"
@@ -80,7 +80,11 @@ def systemd():
         def run(*command):
             command = [*enter, *command]
             return subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, check=False
+                command,
+                stdout=subprocess.PIPE,
+                text=True,
+                timeout=DEADLINE,
+                check=False,
             ).stdout
 
         try:
@@ -126,7 +130,7 @@ def database():
             yield server.server_port
         finally:
             server.shutdown()
-            thread.join()
+            thread.join(DEADLINE)
 
 
 class Unit:

@@ -23,6 +23,7 @@ from conftest import (
     METHODS,
     TOOLS,
     Worker,
+    first_line,
     own_comm,
     read_byte,
     row,
@@ -166,7 +167,8 @@ def test_real_programs(expect):
         text=True,
         cwd="/mnt",
     )
-    port = int(server.stdout.readline().split(" port ")[1].split()[0])
+    line = first_line(server, "a web server")
+    port = int(line.split(" port ")[1].split()[0])
     comm = pathlib.Path(f"/proc/{server.pid}/comm").read_text().rstrip("\n")
     pids = []
     for _ in range(3):

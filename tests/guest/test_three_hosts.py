@@ -16,7 +16,7 @@ import socket
 import subprocess
 
 import pytest
-from conftest import Worker, only_on
+from conftest import Worker, only_on, read_byte
 from traffic import LINGER_0
 
 RESULTS = pathlib.Path("/mnt/rw/fleet")
@@ -167,7 +167,7 @@ class Fleet:
     def serve(self, host, comm, *listening):
         reader, writer = os.pipe()
         worker = Worker(comm.encode(), serve, host, self.cgroups, listening, writer)
-        assert os.read(reader, 1) == b"."
+        read_byte(reader, f"{comm}'s sockets")
         self.servers.append(worker.pid)
 
     def connect(
