@@ -48,8 +48,8 @@ def pytest_configure(config):
 
 # Time may run out (tests/run). The files that say most about a kernel come first; the
 # one that takes as long as 40 other tests comes last.
-FIRST = ("test_tools", "test_kinds", "test_outcomes", "test_trust", "test_names")
-FIRST += ("test_processes",)
+FIRST = ("test_tools", "test_kinds", "test_outcomes", "test_trust")
+FIRST += ("test_dns_responses", "test_processes", "test_blocked_before")
 LATE = ("test_bcc",)
 
 

@@ -27,8 +27,8 @@ from conftest import (
     show,
     until,
 )
+from test_cgroup_filters import make_map
 from test_columns import without_age
-from test_filters import make_map
 from test_options import NOBODY, Traffic
 from traffic import leave_mount_namespace, listener, serve
 

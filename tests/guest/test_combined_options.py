@@ -12,8 +12,8 @@ import socket
 import pytest
 from command_lines import LINES
 from conftest import IPV4, IPV6, Worker, best_method, only_on, own_comm, row, until
+from test_cgroup_filters import make_map
 from test_columns import ask, without_age, without_latency
-from test_filters import make_map
 from test_options import NOBODY
 from traffic import leave_mount_namespace, waiting
 

@@ -48,7 +48,7 @@ from traffic import (
 
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 IPPROTO_MPTCP, SOL_MPTCP, MPTCP_INFO = 262, 284, 1
-JOIN_SECONDS = 10  # within which subflows come, unless an MP_JOIN failed
+JOIN_SECONDS = 5  # within which subflows come, unless an MP_JOIN failed
 
 
 @pytest.fixture(scope="module")
