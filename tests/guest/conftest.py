@@ -144,11 +144,6 @@ def only_on(*releases):
 
 
 METHODS = ["fexit", "kprobe"]
-both_methods = pytest.mark.parametrize("method", METHODS)
-
-# The one that is used there: fexit, but kprobes on the newest kernel
-best_method_only = pytest.mark.parametrize("method", [best_method()])
-
 both_methods_on_oldest = pytest.mark.parametrize(
     "method", METHODS if release() == "bullseye" else [best_method()]
 )

@@ -10,7 +10,7 @@ from conftest import (
     DEADLINE,
     TOP,
     Worker,
-    best_method_only,
+    best_method,
     failures,
     hide,
     only_at_both_ends,
@@ -62,8 +62,7 @@ class Group:
         return [row(pid, "member", 4, "127.0.0.1", "127.0.0.1", port)] * self.count
 
 
-@best_method_only
-def test_cgroups(start, cgroups, method):
+def test_cgroups(start, cgroups):
     """A cgroup and all below it, several, by path, by the path below the mount point,
     and as a unit.
     """
@@ -77,7 +76,7 @@ def test_cgroups(start, cgroups, method):
         "tcpconnect --cgroup web",
         f"tcpaccept --cgroup other {by_path}/system.slice/web.service2",
         f"tcpconnect --cgroup {cgroups}",
-        TCPTOOLS_METHOD=method,
+        TCPTOOLS_METHOD=best_method(),
     )
     web, below, near, other, outside = (
         group.rows() for group in (web, below, near, other, outside)
@@ -114,8 +113,7 @@ def test_a_service_that_restarts(start, cgroups):
     ]
 
 
-@best_method_only
-def test_maps(start, cgroups, bpffs, method):
+def test_maps(start, cgroups, bpffs):
     """As bcc's tools take them: what is in the map, not what is below it.
 
     Both together want both.
@@ -132,7 +130,7 @@ def test_maps(start, cgroups, bpffs, method):
         f"tcpaccept --cgroupmap {one}",
         f"tcpconnect --mntnsmap {here} --cgroupmap {both}",
         f"tcpaccept --mntnsmap {here} --cgroupmap {one}",
-        TCPTOOLS_METHOD=method,
+        TCPTOOLS_METHOD=best_method(),
     )
     inside, below, elsewhere = (g.rows() for g in (inside, below, elsewhere))
     wanted = [inside + elsewhere, inside + below, inside]

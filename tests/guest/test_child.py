@@ -16,7 +16,6 @@ from conftest import (
     TOP,
     Worker,
     best_method,
-    best_method_only,
     failures,
     first_line,
     only_at_both_ends,
@@ -49,11 +48,10 @@ def resident_bytes(pid):
 
 
 @only_at_both_ends
-@best_method_only
-def test_memory(start, method):
+def test_memory(start):
     """Before the first event: 25 MB, and 30 with -d."""
     commands = [f"{name} {given}" for name in TOOLS for given in OPTIONS[name]]
-    tools = start(*commands, TCPTOOLS_METHOD=method)
+    tools = start(*commands, TCPTOOLS_METHOD=best_method())
     taken = {
         command: resident_bytes(tool.process.pid)
         for command, tool in zip(commands, tools)

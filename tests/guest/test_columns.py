@@ -18,7 +18,6 @@ from conftest import (
     TOP,
     Worker,
     best_method,
-    best_method_only,
     only_at_both_ends,
     row,
     until,
@@ -29,8 +28,7 @@ from traffic import connect_nonblocking, listener, waiting
 pytestmark = only_at_both_ends
 
 
-@best_method_only
-def test_counts(start, method):
+def test_counts(start):
     """Two users' connections, IPv4 in an IPv6 socket as IPv4; sorted, and only what the
     filters let through.
     """
@@ -41,7 +39,7 @@ def test_counts(start, method):
         "tcpaccept --count",
         "tcpconnect -c -4 -u nobody",
         f"tcpaccept -c -6 -P {ports[0][1]}",
-        TCPTOOLS_METHOD=method,
+        TCPTOOLS_METHOD=best_method(),
     )
     traffic.go()
     (a4, a6, amapped), (b4, b6, bmapped) = ports
@@ -104,12 +102,13 @@ def fill_and_accept(family, address, backlog, count):
         return worker.pid, server.getsockname()[1]
 
 
-@best_method_only
-def test_queue(start, method):
+def test_queue(start):
     """What waits still at that accept, and how many may: of a queue of 4, filled by 5,
     and of one that is not full.
     """
-    table, lines = start("tcpaccept -q", "tcpaccept -q --json", TCPTOOLS_METHOD=method)
+    table, lines = start(
+        "tcpaccept -q", "tcpaccept -q --json", TCPTOOLS_METHOD=best_method()
+    )
     rows, queues = [], []
     for family, address, ip, backlog, count in (
         (socket.AF_INET, IPV4, 4, 4, 5),
@@ -144,15 +143,14 @@ def ask_and_connect(questions, address, port):
         client.recv(1)
 
 
-@best_method_only
-def test_names(start, names, method):
+def test_names(start, names):
     """What the process itself asked for, else what any did; over IPv4 and IPv6; the
     name asked for, not its alias; by the C library's resolver.
     """
     servers = [listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)]
     port4, port6 = (server.getsockname()[1] for server in servers)
     table, lines = start(
-        "tcpconnect -d", "tcpconnect -d --json", TCPTOOLS_METHOD=method
+        "tcpconnect -d", "tcpconnect -d --json", TCPTOOLS_METHOD=best_method()
     )
     www, six = ["www.example.com"], ["six.example.com", "AAAA"]
     alias = ["alias.example.com", "A", "::1"]

@@ -11,7 +11,7 @@ import time
 
 import dnslib
 import pytest
-from conftest import NOBODY4, Worker, best_method_only, only_at_both_ends, until
+from conftest import NOBODY4, Worker, best_method, only_at_both_ends, until
 from traffic import listener
 
 SERVER = "127.0.0.66"  # a DNS server that resolv.conf does not name
@@ -85,10 +85,9 @@ def resolv_conf():
 
 
 @only_at_both_ends
-@best_method_only
-def test_what_is_believed_and_seen(start, resolv_conf, method):
+def test_what_is_believed_and_seen(start, resolv_conf):
     tool, failed = start(
-        "tcpconnect -d --json", "tcpconnect -d -x --json", TCPTOOLS_METHOD=method
+        "tcpconnect -d --json", "tcpconnect -d -x --json", TCPTOOLS_METHOD=best_method()
     )
     two, many = (
         response("two.example", *TARGETS[3:5]),
@@ -123,7 +122,7 @@ def test_what_is_believed_and_seen(start, resolv_conf, method):
         known = [response("resolver.example", TARGETS[2])]
         looked_up(False, known, TARGETS[2:3], *[["resolver.example"]] * 2)
         # What is in fragments can be read with fexit only
-        second = "two.example" if method == "fexit" else None
+        second = "two.example" if best_method() == "fexit" else None
         pieces, names = [two[:-16], two[-16:]], ["two.example", second]
         looked_up(True, pieces, TARGETS[3:5], names, names)
         pieces, names = [response("many.example", *many)], ["many.example", None]
@@ -137,7 +136,7 @@ def test_what_is_believed_and_seen(start, resolv_conf, method):
     assert (row["pid"], row["error"]) == (worker.pid, "ETIMEDOUT")
     assert row["query"] == "before.example"
     assert 0 <= row["query_age_ms"] <= age_ms
-    cut = 1 if method == "fexit" else 2
+    cut = 1 if best_method() == "fexit" else 2
     lost = f"lost the end of {cut} DNS responses (see tcpconnect(8), Names)"
     for one in (tool, failed):
         assert one.complaints() == [f"tcpconnect: {lost}"]

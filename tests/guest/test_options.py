@@ -17,7 +17,7 @@ from conftest import (
     IPV6,
     TOOLS,
     Worker,
-    best_method_only,
+    best_method,
     btf_without,
     only_at_both_ends,
     own_comm,
@@ -111,8 +111,7 @@ def accept_row(known, rport=False):
     return full_row(known, "remote", "local", known["rport"] if rport else "")
 
 
-@best_method_only
-def test_filters_and_columns(start, method):
+def test_filters_and_columns(start):
     traffic = Traffic()
     (root_client, root_server, ports), (client, server, other) = (
         traffic.workers.values()
@@ -125,7 +124,7 @@ def test_filters_and_columns(start, method):
         f"tcpconnect -u root --pid {pids},{client.pid} --time --timestamp",
         f"tcpaccept -4 -U -R -P {some}",
         f"tcpaccept -6 -u {NOBODY},0 -p {server.pid}",
-        TCPTOOLS_METHOD=method,
+        TCPTOOLS_METHOD=best_method(),
     )
     known = traffic.go()
     connects, accepts = known["tcpconnect"], known["tcpaccept"]
@@ -158,8 +157,7 @@ def test_filters_and_columns(start, method):
     assert timed.out.read_text().startswith("TIME     TIME(s)   PID     COMM ")
 
 
-@best_method_only
-def test_json(start, cgroups, method):
+def test_json(start, cgroups):
     """The same four addresses and ports in both tools; the one user's processes in a
     cgroup of their own.
     """
@@ -169,7 +167,9 @@ def test_json(start, cgroups, method):
     for worker in traffic.workers[NOBODY][:2]:
         (cgroup / "cgroup.procs").write_text(str(worker.pid))
     began = time.time()
-    tools = start("tcpconnect --json", "tcpaccept --json", TCPTOOLS_METHOD=method)
+    tools = start(
+        "tcpconnect --json", "tcpaccept --json", TCPTOOLS_METHOD=best_method()
+    )
     known = traffic.go()
     addresses = ("saddr", "sport", "daddr", "dport")
     joined = []
@@ -207,12 +207,11 @@ def test_json(start, cgroups, method):
     assert sorted(joined[0]) == sorted(joined[1])
 
 
-@best_method_only
-def test_reset_before_accept_under_a_port_filter(start, method):
+def test_reset_before_accept_under_a_port_filter(start):
     """Its socket's port is 0 by then, and it is found all the same."""
     server, other = listener(socket.AF_INET, IPV4), listener(socket.AF_INET, IPV4)
     port = server.getsockname()[1]
-    (tool,) = start(f"tcpaccept -P {port}", TCPTOOLS_METHOD=method)
+    (tool,) = start(f"tcpaccept -P {port}", TCPTOOLS_METHOD=best_method())
     for listening in (server, other) * 7:
         listening.settimeout(DEADLINE)
         connect_and_reset(listening.getsockname())

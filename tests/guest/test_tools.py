@@ -18,7 +18,7 @@ from conftest import (
     TOOLS,
     TOP,
     Worker,
-    best_method_only,
+    best_method,
     btf_without,
     changed_btf,
     failures,
@@ -129,8 +129,7 @@ def connect_in_threads(cpu, port, count, go):
 
 
 @only_at_both_ends
-@best_method_only
-def test_pid_is_a_process_not_a_thread(start, method):
+def test_pid_is_a_process_not_a_thread(start):
     server = listener(socket.AF_INET, IPV4)
     port = server.getsockname()[1]
     go, tell = os.pipe()
@@ -141,7 +140,7 @@ def test_pid_is_a_process_not_a_thread(start, method):
         f"tcpconnect -p {wanted.pid}",
         f"tcpaccept --pid {acceptor.pid}",
         f"tcpaccept -p {other.pid}",
-        TCPTOOLS_METHOD=method,
+        TCPTOOLS_METHOD=best_method(),
     )
     os.write(tell, b"..")
     assert (

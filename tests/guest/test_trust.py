@@ -26,7 +26,6 @@ from conftest import (
     TOP,
     Worker,
     best_method,
-    best_method_only,
     both_methods_on_oldest,
     failures,
     only_at_both_ends,
@@ -154,12 +153,11 @@ def test_softirq_on_top_of_a_program(start):
 
 
 @only_at_both_ends
-@best_method_only
-def test_stopped_while_connects_happen(start, method):
+def test_stopped_while_connects_happen(start):
     """10,007 fit into one CPU's buffer; of 20,011 those that fit, the first ones, and
     the exact number of the others.
     """
-    tool, small = start("tcpconnect", "tcpconnect -b 1", TCPTOOLS_METHOD=method)
+    tool, small = start("tcpconnect", "tcpconnect -b 1", TCPTOOLS_METHOD=best_method())
     for count in (10007, 20011):
         tool.process.send_signal(signal.SIGSTOP)
         small.process.send_signal(signal.SIGSTOP)
@@ -178,11 +176,12 @@ def test_stopped_while_connects_happen(start, method):
 
 
 @only_at_both_ends
-@best_method_only
-def test_slow_reader(start, method):
+def test_slow_reader(start):
     """Of a pipe that nobody reads for a while."""
     reader, writer = os.pipe()
-    (tool,) = start("tcpconnect", options={"pipe": writer}, TCPTOOLS_METHOD=method)
+    (tool,) = start(
+        "tcpconnect", options={"pipe": writer}, TCPTOOLS_METHOD=best_method()
+    )
     Worker(b"burst", connect_nonblocking, 0, NOBODY6, 30011).report()
     said = []
     thread = threading.Thread(target=lambda: said.append(read_all(reader)))
