@@ -34,15 +34,13 @@ from conftest import (
 from io_uring import accept_by_io_uring, connect_by_io_uring
 from traffic import (
     CLONE_NEWNS,
-    accept_fast_open,
     accept_in_threads,
     connect_and_reset,
-    connect_fast_open,
     connect_often,
     connect_refused,
     connect_to_itself,
-    fast_open_server,
     listener,
+    run_fast_opens,
     serve,
 )
 
@@ -253,8 +251,7 @@ def test_order_across_cpus_and_families(expect):
 
 
 def expect_between(expect, client, server, port, count):
-    """So many connections between two workers, of which the client has reported."""
-    server.report()
+    """So many connections between two workers, which have reported."""
     expect(
         [row(client.pid, "client", 4, IPV4, IPV4, port)] * count,
         [row(server.pid, "server", 4, IPV4, IPV4, port)] * count,
@@ -262,12 +259,7 @@ def expect_between(expect, client, server, port, count):
 
 
 def test_fast_open(expect):
-    with fast_open_server() as server:
-        port = server.getsockname()[1]
-        acceptor = Worker(b"server", accept_fast_open, server, 5)
-        client = Worker(b"client", connect_fast_open, port, 5)
-        client.report()
-    expect_between(expect, client, acceptor, port, 5)
+    expect_between(expect, *run_fast_opens(5), 5)
 
 
 def test_io_uring(expect):
@@ -276,6 +268,7 @@ def test_io_uring(expect):
     acceptor = Worker(b"server", accept_by_io_uring, server, 5)
     client = Worker(b"client", connect_by_io_uring, [port] * 5)
     client.report()
+    acceptor.report()
     expect_between(expect, client, acceptor, port, 5)
 
 
@@ -304,6 +297,7 @@ def test_multipath_tcp(expect, mptcp_server):
     acceptor = Worker(b"server", serve, [mptcp_server], 5)
     client = Worker(b"client", connect_mptcp, port, 5)
     client.report()
+    acceptor.report()
     expect_between(expect, client, acceptor, port, 5)
 
 
@@ -365,4 +359,6 @@ def test_multipath_tcp_with_three_subflows(expect, mptcp_server, request):
     port = mptcp_server.getsockname()[1]
     acceptor = Worker(b"server", accept_until_the_last, mptcp_server)
     client = Worker(b"client", connect_with_subflows, port, len(endpoints), 5)
-    expect_between(expect, client, acceptor, port, client.report())
+    made = client.report()
+    acceptor.report()
+    expect_between(expect, client, acceptor, port, made)

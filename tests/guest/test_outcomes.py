@@ -35,14 +35,12 @@ from io_uring import accept_by_io_uring, connect_by_io_uring
 from traffic import (
     LINGER_0,
     MAPPED,
-    accept_fast_open,
     closed_port,
     connect_and_reset,
-    connect_fast_open,
     connect_refused,
-    fast_open_server,
     listener,
     listeners,
+    run_fast_opens,
     serve,
 )
 
@@ -461,13 +459,8 @@ def test_io_uring(expect):
 
 
 def test_fast_open(expect):
-    with fast_open_server() as server:
-        port = server.getsockname()[1]
-        acceptor = Worker(b"server", accept_fast_open, server, 5)
-        worker = Worker(b"client", connect_fast_open, port, 5)
-        worker.report()
-        acceptor.report()
-    expect([ended_row(worker, 4, IPV4, IPV4, port, "-")] * 5)
+    client, _, port = run_fast_opens(5)
+    expect([ended_row(client, 4, IPV4, IPV4, port, "-")] * 5)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 print of it.
 """
 
-import contextlib
 import ctypes
 import errno
 import os
@@ -252,17 +251,21 @@ def leave_mount_namespace():
     assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
 
 
-@contextlib.contextmanager
-def fast_open_server():
-    """A listening socket for TCP Fast Open, some of which must happen."""
+def run_fast_opens(count):
+    """Connections by TCP Fast Open: (client, server, port)."""
     switch = pathlib.Path("/proc/sys/net/ipv4/tcp_fastopen")
-    before, count = switch.read_text(), count_fast_opens()
+    before, counter = switch.read_text(), count_fast_opens()
     switch.write_text("3")
-    with listener(socket.AF_INET, IPV4) as server:
-        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 16)
-        yield server
+    with listener(socket.AF_INET, IPV4) as listening:
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 16)
+        port = listening.getsockname()[1]
+        server = Worker(b"server", accept_fast_open, listening, count)
+        client = Worker(b"client", connect_fast_open, port, count)
+        client.report()
+        server.report()
     switch.write_text(before)
-    assert count_fast_opens() > count
+    assert count_fast_opens() > counter
+    return client, server, port
 
 
 def count_fast_opens():
@@ -272,8 +275,8 @@ def count_fast_opens():
 
 
 def connect_fast_open(port, count):
-    """TCP Fast Open, by sendto() and by a connect() that waits for the data. The first
-    one asks for a cookie, the others carry data in their SYN; each is greeted.
+    """By sendto() and by a connect() that waits for the data. The first one asks for a
+    cookie, the others carry data in their SYN; each is greeted.
     """
     for i in range(count):
         with socket.socket() as client:
