@@ -46,7 +46,7 @@ def traced(tmp_path_factory):
     servers.append(listener(socket.AF_INET6, IPV6))
     ports = [server.getsockname()[1] for server in servers]
     ready, tell = os.pipe()
-    threads = Worker(b"threads", accept_in_threads, servers[0], THREADS, tell)
+    threads = Worker(b"blocked", accept_in_threads, servers[0], THREADS, tell)
     read_byte(ready, "threads blocked in accept()")
     early = Worker(b"early", accept_blocking, servers[1], 3)
     until("a server blocked in accept()", lambda: is_accepting(early.pid))
@@ -66,7 +66,7 @@ def traced(tmp_path_factory):
 
 
 def test_many_threads(traced):
-    line = row(traced.pids[0], "threads", 4, IPV4, IPV4, traced.ports[0])
+    line = row(traced.pids[0], "blocked", 4, IPV4, IPV4, traced.ports[0])
     for rows in traced.rows.values():
         assert rows[:THREADS] == [line] * THREADS
 
