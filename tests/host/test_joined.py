@@ -1,4 +1,4 @@
-"""The lines of three traced hosts (tests/guest/test_fleet.py), joined: the map must
+"""The lines of three traced hosts (tests/guest/test_three_hosts.py), joined: the map must
 equal what was done, edge by edge.
 """
 

@@ -1,8 +1,8 @@
 """Command lines in which each two options that make sense together are together at
 least once.
 
-tests/guest/test_pairs.py runs them on real traffic, tests/host/test_option_pairs.py
-looks whether a pair is missing.
+tests/guest/test_combined_options.py runs them on real traffic; a host test looks
+whether a pair is missing.
 """
 
 SHORT = (
