@@ -233,7 +233,7 @@ def test_json_of_outcomes(shared, monkeypatch):
 
 
 def test_queries(shared):
-    """The name looked up, or a dash; with -x and -d, both columns."""
+    """The name looked up, or a dash; with -x, both columns."""
     events = [
         event(shared, 7, "a", "0.0.0.0", "192.0.2.2", 80, errno.ENETUNREACH),
         event(shared, 8, "b", "2001:db8::1", "2001:db8::2", 443, 524),
@@ -265,23 +265,15 @@ def test_queue():
 
 
 def test_lines_fit_80_columns(tool):
-    widest = event(
-        *(
-            tool,
-            4194304,
-            "fifteen-letters",
-            "255.255.255.255",
-            "255.255.255.255",
-            65535,
-        ),
-        ts=99_999 * 10**9,
-    )
+    address, ts = "255.255.255.255", 99_999 * 10**9
+    ends = (address, address, 65535)
+    widest = event(tool, 4194304, "fifteen-letters", *ends, ts=ts)
     line = rows(tool, "-t", [widest]).splitlines()[1]
     assert 70 < len(line) < 80
 
 
 def test_counts(name, tool, monkeypatch):
-    """Sorted by count, then port and address; losses are reported behind them."""
+    """Sorted by count, then port and address."""
     flows = {
         (443, 4, packed("192.0.2.1"), packed("192.0.2.10")): 7,
         (80, 6, packed("2001:db8::1"), packed("2001:db8::2")): 65537,
@@ -292,19 +284,13 @@ def test_counts(name, tool, monkeypatch):
         (tool.FLOW.pack(*flow), struct.pack("=Q", count))
         for flow, count in flows.items()
     ]
-    done, is_over = [], iter([False, False, True])
-    monkeypatch.setattr(tool, "write", done.append)
-    monkeypatch.setattr(tool, "poller", lambda: "poll")
-    monkeypatch.setattr(tool, "wait", lambda poll, _: poll == "poll" and next(is_over))
+    written = []
+    monkeypatch.setattr(tool, "write", written.append)
     monkeypatch.setattr(tool, "map_items", lambda fd, _: {71: items}[fd])
-    cgroups = SimpleNamespace(check=lambda: done.append("check"))
-    losses = SimpleNamespace(report=lambda: done.append("losses"))
     args = parse(tool, "-c")
-    tool.print_counts(args, traced({"flows": 71}), losses, cgroups)
-    header, *checks, text, last = done
-    assert (checks, last) == (["check"] * 3, "losses")
+    tool.write_flows(args, 71)
     assert (
-        header + text
+        "".join([tool.header(args), *written])
         == {
             "tcpconnect": (
                 "SADDR            DADDR            DPORT CONNECTS\n"
@@ -334,37 +320,12 @@ def test_counts(name, tool, monkeypatch):
 )
 def test_counts_begin_below_the_echo(shared, monkeypatch, number, is_terminal, between):
     """Which is ^C, behind the header."""
-    items = [(shared.FLOW.pack(80, 4, bytes(16), bytes(16)), struct.pack("=Q", 7))]
-    written, args = [], parse(shared, "-c")
+    written = []
     monkeypatch.setattr(shared, "write", written.append)
     monkeypatch.setattr(shared, "stopping", [number])
     monkeypatch.setattr(shared.os, "isatty", lambda fd: fd == 1 and is_terminal)
-    monkeypatch.setattr(shared, "map_items", lambda *_: items)
-    losses = SimpleNamespace(report=lambda: None)
-    cgroups = SimpleNamespace(check=lambda: None)
-    shared.print_counts(args, traced({"flows": 71}), losses, cgroups)
-    header, *others, row = written
-    assert (header.split()[-1], others, row.split()[-1]) == ("CONNECTS", between, "7")
-
-
-def test_many_counts(shared, monkeypatch):
-    """A batch at a time, and each flow once."""
-    items = [
-        (shared.FLOW.pack(port, 4, bytes(16), bytes(16)), struct.pack("=Q", port))
-        for port in range(1, 2004)
-    ]
-    written = []
-    monkeypatch.setattr(shared, "write", written.append)
-    monkeypatch.setattr(shared, "wait", lambda *_: True)
-    monkeypatch.setattr(shared, "map_items", lambda *_: items)
-    losses = SimpleNamespace(report=lambda: None)
-    cgroups = SimpleNamespace(check=lambda: None)
-    args = parse(shared, "-c")
-    shared.print_counts(args, traced({"flows": 71}), losses, cgroups)
-    lines = [text.splitlines() for text in written]
-    assert list(map(len, lines)) == [1, 1000, 1000, 3]
-    counts = [int(line.split()[-1]) for line in itertools.chain(*lines[1:])]
-    assert counts == list(range(2003, 0, -1))
+    shared.end_line_of_echo()
+    assert written == between
 
 
 # The fields of a line of JSON, in their order, and the types of their values.
@@ -473,22 +434,6 @@ def test_more_json(name, tool):
     assert list(types_of(bare).items()) == list({**fields, **always}.items())
 
 
-def test_json_query_is_of_its_own_row(shared):
-    """None where nothing was looked up, after a row that has one."""
-    found = [event(shared, pid, "a", "192.0.2.1", "192.0.2.2", 80) for pid in (7, 8)]
-    for options in ("--json -d", "--json -d -l"):
-        lines = rows(shared, options, found, 0, [("example.com", 4217), None])
-        queries = [json.loads(line).get("query") for line in lines.splitlines()]
-        assert queries == ["example.com", None]
-
-
-def test_json_without_the_queue():
-    tool = load("tcpaccept")
-    found = [event(tool, 7, "a", "192.0.2.1", "192.0.2.2", 80, 0, 0)]
-    line = rows(tool, "--json", found, path="/")
-    assert list(types_of(line).items()) == list(JSON_FIELDS.items())
-
-
 def test_json_fields_are_in_the_man_page(name, shared):
     text = (TOP / f"man/man8/{name}.8").read_text()
     section = text.partition("\n.SH JSON\n")[2].partition("\n.SH ")[0]
@@ -519,11 +464,6 @@ RFC_5952 = {
 @pytest.mark.parametrize("text", RFC_5952)
 def test_rfc_5952(shared, text):
     assert shared.ip_address(6, packed(text)) == RFC_5952[text]
-
-
-def test_ipv4_addresses(shared):
-    assert shared.ip_address(4, packed("192.0.2.1")) == "192.0.2.1"
-    assert shared.ip_address(4, packed("0.0.0.0")) == "0.0.0.0"
 
 
 @pytest.mark.parametrize(
@@ -607,29 +547,6 @@ def test_any_order(shared, arrivals):
 
 
 MS = 1_000_000
-
-
-def test_event_batches(shared, monkeypatch):
-    """Events settle for 20 ms, but not in the end; each loop does all chores."""
-    done, clock = [], iter([1000 * MS, 1100 * MS, 1200 * MS])
-    is_over = iter([False, False, True])
-    arrived = iter([[970, 990], [989, 1050], [1199]])
-    monkeypatch.setattr(shared, "wait", lambda poll: next(is_over))
-    monkeypatch.setattr(shared.time, "monotonic_ns", lambda: next(clock))
-
-    def read():
-        done.append("read")
-        return [(ts * MS, "") for ts in next(arrived)]
-
-    losses = SimpleNamespace(report_when_due=lambda now: done.append(("due", now)))
-    events, chores = SimpleNamespace(read=read), [lambda: done.append("chore")]
-    for batch, first in shared.event_batches(events, losses, "poll", chores):
-        done.append(([ts // MS for ts, _ in batch], first // MS))
-    assert done == [
-        *("read", "chore", ([970], 970), ("due", 1000 * MS)),
-        *("read", "chore", ([989, 990, 1050], 970), ("due", 1100 * MS)),
-        *("read", "chore", ([1199], 970), ("due", float("inf"))),
-    ]
 
 
 @pytest.mark.parametrize(
@@ -856,20 +773,6 @@ def test_calls_that_never_returned(shared, monkeypatch):
     assert added == [("skipped", 3)]
 
 
-def test_responses_lost(shared, monkeypatch, capsys):
-    counters = Counters(shared, monkeypatch)
-    losses = shared.Losses(parse(shared), counters.traced)
-    shared.report_names_missed(losses, 0)
-    assert capsys.readouterr().err == ""
-    counters.add(RESPONSE_LOST, 3)
-    shared.report_names_missed(losses, 7)
-    losses.report_total()
-    assert capsys.readouterr().err == (
-        "tcpconnect: lost 3 DNS responses: buffer full\n"
-        "tcpconnect: lost the end of 7 DNS responses (see tcpconnect(8), Names)\n"
-    )
-
-
 @pytest.fixture
 def traced_cgroups(shared, monkeypatch):
     """(slot, inode) of each cgroup as it is put into the map."""
@@ -884,7 +787,8 @@ def traced_cgroups(shared, monkeypatch):
 
 
 def test_cgroups(shared, traced_cgroups, tmp_path, capsys):
-    paths = [str(tmp_path / name) for name in ("a", "b")]
+    """One that is gone is reported once; one that is there again is traced again."""
+    paths = [str(tmp_path / name) for name in ("a", "b\x1b")]
     old = [os.mkdir(path) or os.stat(path).st_ino for path in paths]
     cgroups = shared.Cgroups(71, paths)
     cgroups.check()
@@ -892,53 +796,20 @@ def test_cgroups(shared, traced_cgroups, tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     # Recreated between two polls: renamed, for a new inode may have the same number
     os.mkdir(tmp_path / "new")
-    new = os.stat(tmp_path / "new").st_ino
-    os.rename(tmp_path / "new", paths[1])
+    os.rename(tmp_path / "new", paths[0])
+    os.rename(paths[1], tmp_path / "elsewhere")
     cgroups.check()
     cgroups.check()
-    assert traced_cgroups[2:] == [(1, new)]
+    assert traced_cgroups[2:] == [(0, os.stat(paths[0]).st_ino)]
+    os.mkdir(paths[1])
+    cgroups.check()
+    assert traced_cgroups[3:] == [(1, os.stat(paths[1]).st_ino)]
+    again = "was recreated; its first events were missed"
     assert capsys.readouterr().err == (
-        f"tcpconnect: cgroup {paths[1]} was recreated; its first events were missed\n"
+        f"tcpconnect: cgroup {tmp_path}/a {again}\n"
+        f"tcpconnect: cgroup {tmp_path}/b\\x1b was removed\n"
+        f"tcpconnect: cgroup {tmp_path}/b\\x1b {again}\n"
     )
-
-
-def test_cgroup_that_is_removed(shared, traced_cgroups, tmp_path, capsys):
-    """It is reported once, and traced when it is there again."""
-    path, shown = str(tmp_path / "a\x1b"), f"{tmp_path}/a\\x1b"
-    os.mkdir(path)
-    cgroups = shared.Cgroups(71, [path])
-    os.rename(path, tmp_path / "elsewhere")
-    cgroups.check()
-    cgroups.check()
-    assert capsys.readouterr().err == f"tcpconnect: cgroup {shown} was removed\n"
-    os.mkdir(path)
-    cgroups.check()
-    assert traced_cgroups[1:] == [(0, os.stat(path).st_ino)]
-    assert capsys.readouterr().err == (
-        f"tcpconnect: cgroup {shown} was recreated; its first events were missed\n"
-    )
-
-
-def test_no_cgroups(shared, capsys):
-    shared.Cgroups(None, []).check()
-    assert capsys.readouterr() == ("", "")
-
-
-def test_a_cgroup_is_put_into_the_map(shared, monkeypatch, tmp_path):
-    """By a descriptor of its directory, which is closed again."""
-    updates = []
-
-    def map_update(map_fd, key, value):
-        (descriptor,) = struct.unpack("=I", value)
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
-        updates.append((map_fd, key, path))
-
-    monkeypatch.setattr(shared, "map_update", map_update)
-    before = len(os.listdir("/proc/self/fd"))
-    shared.Cgroups(71, ["/", str(tmp_path)])
-    zero, one = (struct.pack("=I", slot) for slot in (0, 1))
-    assert updates == [(71, zero, "/"), (71, one, str(tmp_path))]
-    assert len(os.listdir("/proc/self/fd")) == before
 
 
 A, AAAA, CNAME = 1, 28, 5
@@ -1019,9 +890,12 @@ def query(*what, **fields):
 
 
 def test_names(shared, names):
-    """All addresses of a response; what a CNAME leads to has the name asked for."""
+    """All addresses of a response; what a CNAME leads to has the name asked for.
+
+    Resolvers mix upper and lower case, to know their own questions (0x20).
+    """
     answers = "cdn.example.net", "192.0.2.7", "192.0.2.8", "2001:db8::7"
-    names.arrived.append(response("www.example.com", *answers, ts=5 * MS))
+    names.arrived.append(response("wWw.ExAmPle.com", *answers, ts=5 * MS))
     for address in answers[1:]:
         assert query(shared, names, address, 6 * MS) == "www.example.com"
     assert query(shared, names, "192.0.2.9", 6 * MS) is None
@@ -1161,18 +1035,6 @@ def test_resolvers(shared, monkeypatch, tmp_path, text, found):
     }
 
 
-def test_resolvers_are_read_anew(shared, monkeypatch):
-    """For each batch of responses, and only for these."""
-    calls = []
-    names = names_of(shared, monkeypatch)
-    monkeypatch.setattr(shared, "resolvers", lambda: calls.append(1) or set())
-    names.read()
-    names.arrived += [response("a.example", "192.0.2.7", ts=ts) for ts in (1, 2)]
-    names.read()
-    names.read()
-    assert calls == [1]
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -1246,12 +1108,6 @@ def test_names_are_made_harmless(shared, names):
     assert query(shared, names, "192.0.2.7", 4) == r"good.example\\0.evil"
 
 
-def test_names_have_one_spelling(shared, names):
-    """Resolvers mix upper and lower case, to know their own questions (0x20)."""
-    names.arrived.append(response("wWw.ExAmPle.com", "192.0.2.7", ts=1))
-    assert query(shared, names, "192.0.2.7", 2) == "www.example.com"
-
-
 def test_responses_that_wait_are_bounded(shared, names, monkeypatch):
     """The earliest need not wait for a connect."""
     monkeypatch.setattr(shared, "NAMES", 2)
@@ -1300,84 +1156,3 @@ def test_work_for_a_response_is_bounded(shared):
 
     assert shared.answers(Message(text)) == ([b"a"], False)
     assert len(read) < len(text)
-
-
-@pytest.mark.parametrize("options", ["", "--json", "-d", "-d --json"])
-def test_events_and_responses(shared, monkeypatch, options):
-    """What becomes of them with each kind of output; both are opened anew."""
-    done, hotplugs = [], []
-    args = parse(shared, *options.split())
-    names = SimpleNamespace(responses="responses", read="read", query=lambda _: None)
-    cgroups = SimpleNamespace(check="check")
-    *own, row = event(shared, 7, "a", "192.0.2.1", "192.0.2.2", 80)
-    found = (*own, row + PROCESS if args.json else row)
-
-    def event_batches(*what):
-        done.append(what)
-        yield [found], 1
-
-    def hotplug(*what):
-        hotplugs.append(what)
-        return SimpleNamespace(check="hotplug")
-
-    monkeypatch.setattr(shared, "event_batches", event_batches)
-    monkeypatch.setattr(shared, "Hotplug", hotplug)
-    monkeypatch.setattr(shared, "write", done.append)
-    names = names if args.dns else None
-    shared.print_events(args, "poll", "events", names, "losses", cgroups)
-    head, what, text = done
-    chores = ["check", "read", "hotplug"] if args.dns else ["check", "hotplug"]
-    assert what == ("events", "losses", "poll", chores)
-    opened = ["events", "responses"] if args.dns else ["events"]
-    assert hotplugs == [("losses", opened)]
-    assert head == ("" if args.json else shared.header(args))
-    assert text.startswith('{"ts": ' if args.json else "7       a ")
-
-
-@pytest.mark.parametrize("value", ["1", ""])
-def test_debug(shared, monkeypatch, capsys, value):
-    """Tests and scripts wait for this line."""
-    monkeypatch.setenv("TCPTOOLS_DEBUG", value)
-    written = []
-    monkeypatch.setattr(shared, "write", written.append)
-    shared.print_header(parse(shared))
-    assert written == [shared.header(parse(shared))]
-    assert capsys.readouterr().err == ("tcpconnect: tracing\n" if value else "")
-
-
-def test_reader_gone_is_a_quiet_end(shared, monkeypatch, capsys):
-    def broken(_fd, _data):
-        raise BrokenPipeError
-
-    monkeypatch.setattr(shared.os, "write", broken)
-    with pytest.raises(SystemExit) as end:
-        shared.write("row\n")
-    assert (end.value.code, capsys.readouterr()) == (0, ("", ""))
-
-
-def test_disk_full(shared, monkeypatch, capsys):
-    def full(_fd, _data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(shared.os, "write", full)
-    with pytest.raises(SystemExit) as end:
-        shared.write("row\n")
-    assert (end.value.code, capsys.readouterr().err) == (
-        1,
-        "tcpconnect: error: cannot write: No space left on device\n",
-    )
-
-
-def test_a_short_write_is_completed(shared, monkeypatch):
-    taken = []
-
-    def write(fd, data):
-        assert fd == 1
-        taken.append(data[:3])
-        return len(data[:3])
-
-    monkeypatch.setattr(shared.os, "write", write)
-    shared.write("\u00e9t\u00e9 row\n")
-    assert b"".join(taken).decode() == "\u00e9t\u00e9 row\n"
-    shared.write("")
-    assert len(taken) == 4

@@ -59,8 +59,8 @@ def test_networks(shared, text, network):
         ("-a ::1,!::1", "both ::1/128 and !::1/128: drop one"),
     ],
 )
-def test_networks_that_are_refused(tool, capsys, words, error):
-    assert usage_error(tool, capsys, *words.split()).startswith(f"{ADDRESS}{error}")
+def test_networks_that_are_refused(shared, capsys, words, error):
+    assert usage_error(shared, capsys, *words.split()).startswith(f"{ADDRESS}{error}")
 
 
 def test_how_many_networks(shared, capsys):
@@ -158,8 +158,8 @@ def longest_match(networks, address):
         ("\u00e9" * 8, f": the kernel cuts it to '{chr(0xE9) * 7}\\udcc3'"),
     ],
 )
-def test_names_that_are_refused(tool, capsys, text, cut):
-    assert usage_error(tool, capsys, "-n", text) == f"{NAME}{text!r}{cut}"
+def test_names_that_are_refused(shared, capsys, text, cut):
+    assert usage_error(shared, capsys, "-n", text) == f"{NAME}{text!r}{cut}"
 
 
 @pytest.mark.parametrize("text", ["a", "a" * 15, "tmux: server", '"; x', "\udcff"])
@@ -350,13 +350,13 @@ def test_cgroup_outside_of_a_container(shared, monkeypatch, tmp_path):
     assert (paths.path(71), paths.unit(71)) == (None, "71")
 
 
-def test_no_cgroup2_mounted(tool, monkeypatch, capsys):
+def test_no_cgroup2_mounted(shared, monkeypatch, capsys):
     mounts = "cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n"
-    has_mounts(tool, monkeypatch, mounts)
-    assert usage_error(tool, capsys, "--unit") == (
+    has_mounts(shared, monkeypatch, mounts)
+    assert usage_error(shared, capsys, "--unit") == (
         "argument --unit: no cgroup v2 hierarchy is mounted"
     )
-    paths = tool.CgroupPaths()
+    paths = shared.CgroupPaths()
     assert (paths.path(71), paths.unit(71)) == (None, "71")
 
 
@@ -371,23 +371,23 @@ def test_cgroups_out_of_reach(shared, monkeypatch):
 
 
 @pytest.mark.parametrize("words", ["-i 7", "--per-process", "-i 7 --per-process"])
-def test_options_of_count_alone(tool, capsys, words):
+def test_options_of_count_alone(shared, capsys, words):
     names = ", ".join(re.findall("--per-process|-i", words)).replace(
         "-i", "-i/--interval"
     )
-    error = usage_error(tool, capsys, *words.split())
+    error = usage_error(shared, capsys, *words.split())
     assert error == f"only with -c/--count: {names}"
 
 
 @pytest.mark.parametrize("value", ["0", "86401", "0.5", "1s"])
-def test_intervals_that_are_refused(tool, capsys, value):
-    error = usage_error(tool, capsys, "-c", "-i", value)
+def test_intervals_that_are_refused(shared, capsys, value):
+    error = usage_error(shared, capsys, "-c", "-i", value)
     assert error == f"argument -i/--interval: not seconds (1 to 86400): {value!r}"
 
 
-def test_time_goes_with_intervals_only(tool, capsys):
-    assert parse(tool, "-c", "-i", "7", "-T").time
-    error = usage_error(tool, capsys, "-c", "-T", "--per-process")
+def test_time_goes_with_intervals_only(shared, capsys):
+    assert parse(shared, "-c", "-i", "7", "-T").time
+    error = usage_error(shared, capsys, "-c", "-T", "--per-process")
     assert error == "-c/--count cannot be combined with -T/--time"
 
 
