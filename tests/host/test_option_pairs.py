@@ -5,7 +5,7 @@ import itertools
 from conftest import load, option_names
 from test_arguments import usage_error
 
-LINES = load("tests/guest/pairs.py").LINES  # run by tests/guest/test_pairs.py
+LINES = load("tests/guest/command_lines.py").LINES
 COLUMNS = "--timestamp --print-uid --unit --lport --rport"
 EVENTS = "--dns --queue --failed --latency --min-ms --json --buffer-pages"
 COUNT = "-c/--count cannot be combined with {other}"
