@@ -330,7 +330,8 @@ def test_no_text_reaches_the_c_program(shared, text):
         return
     args = parse(shared)
     args.uid = [uid]
-    assert shared.filter_macros(args) == {"FILTER_UID(x)": f"((x) == {uid:d}u)"}
+    expression = f"({{ u32 x = bpf_get_current_uid_gid(); x == {uid:d}u; }})"
+    assert shared.task_filter(args) == expression
 
 
 @pytest.fixture
@@ -622,21 +623,13 @@ NO_KPROBES = (
 
 @pytest.fixture
 def kernel(shared, monkeypatch, tmp_path):
-    """What explain() looks at: lockdown, headers, kprobes, root; a test changes it."""
-    kernel = SimpleNamespace(lockdown="[none] integrity confidentiality\n")
-    kernel.headers, kernel.root = False, True
-
-    def opened(path):
-        assert path == LOCKDOWN
-        if kernel.lockdown is None:
-            raise FileNotFoundError(path)
-        return io.StringIO(kernel.lockdown)
-
-    monkeypatch.setattr(shared, "open", opened, raising=False)
-    monkeypatch.setattr(shared, "has_headers", lambda: kernel.headers)
-    monkeypatch.setattr(shared, "has_capabilities", lambda *_: kernel.root)
-    kernel.kprobes = tmp_path / "kprobe"
+    """What explain() looks at: lockdown and kprobes; a test changes it."""
+    kernel = SimpleNamespace(
+        lockdown=tmp_path / "lockdown", kprobes=tmp_path / "kprobe"
+    )
+    kernel.lockdown.write_text("[none] integrity confidentiality\n")
     kernel.kprobes.touch()
+    monkeypatch.setattr(shared, "LOCKDOWN", str(kernel.lockdown))
     monkeypatch.setattr(shared, "KPROBES", [str(tmp_path / "no"), str(kernel.kprobes)])
     return kernel
 
@@ -645,61 +638,41 @@ FAILURES = {"fexit": "no such function", "kprobe": "Operation not permitted"}
 
 
 def test_why_nothing_can_be_traced(shared, kernel):
-    failures = "fexit: no such function; kprobe: Operation not permitted"
-    reasons = f"cannot trace: {failures}"
-    denied = ": see SELinux's audit log (ausearch -m avc) and kernel_lockdown(7)"
-    assert shared.explain(FAILURES, "BTF") == reasons + denied
-    for why in ("Permission denied", "Need super-user privileges to run"):
-        assert shared.explain({"kprobe": why}, "BTF").endswith(f"{why}{denied}")
-    others = {"fexit": "no such function", "kprobe": "Invalid argument"}
-    assert shared.explain(others, "BTF").endswith("; kprobe: Invalid argument")
-    no_headers = "headers: this kernel's headers are not installed"
-    for before in ({}, others):
-        tried = {**before, "headers": "Failed to compile BPF module <text>"}
-        kernel.headers = False
-        assert shared.explain(tried, "BTF").endswith(no_headers)
-        kernel.headers = True
-        assert shared.explain(tried, "BTF").endswith("BPF module <text>")
-    kernel.root, kernel.lockdown = False, None
-    hint = ": run as root, or see tcpconnect(8), REQUIREMENTS"
-    assert shared.explain(FAILURES, "BTF") == reasons + hint
+    assert shared.explain(FAILURES) == (
+        "cannot trace: fexit: no such function; kprobe: Operation not permitted "
+        "(see tcpconnect(8), DIAGNOSTICS)"
+    )
+    kernel.lockdown.unlink()
+    assert shared.explain(FAILURES).startswith("cannot trace: fexit: ")
     kernel.kprobes.unlink()
-    assert shared.explain(FAILURES, "BTF") == NO_KPROBES
+    assert shared.explain(FAILURES) == NO_KPROBES
 
 
 def test_lockdown(shared, kernel):
-    kernel.lockdown = "none integrity [confidentiality]\n"
+    kernel.lockdown.write_text("none integrity [confidentiality]\n")
     message = (
         "kernel lockdown (confidentiality) does not allow this: "
         "see tcpconnect(8), Permission"
     )
-    assert shared.explain(FAILURES, "BTF") == message
-    kernel.lockdown = "none [integrity] confidentiality\n"
-    assert shared.explain(FAILURES, "BTF") != message
+    assert shared.explain(FAILURES) == message
+    kernel.lockdown.write_text("none [integrity] confidentiality\n")
+    assert shared.explain(FAILURES) != message
 
 
 def test_no_btf_and_headers(shared, kernel):
-    failures = {"headers": "unknown type name 'x'"}
-    message = shared.explain(failures, None)
-    assert message == (
-        "no usable BTF (/sys/kernel/btf/vmlinux) and no kernel headers: install "
-        "linux-headers-$(uname -r) (Debian, Ubuntu), linux-headers-rpi-v8 or "
+    assert shared.explain({"headers": "unknown type name 'x'"}) == (
+        "no usable BTF (/sys/kernel/btf/vmlinux) and no kernel headers that compile: "
+        "install linux-headers-$(uname -r) (Debian, Ubuntu), linux-headers-rpi-v8 or "
         "raspberrypi-kernel-headers (Raspberry Pi OS), kernel-devel-$(uname -r) "
         "(Fedora, RHEL), kernel-default-devel (openSUSE) or linux-headers (Arch)"
-    )
-    kernel.headers = True
-    assert shared.explain(failures, None) == (
-        "no usable BTF (/sys/kernel/btf/vmlinux), and the kernel headers do not "
-        "compile with this bcc: unknown type name 'x'"
     )
 
 
 def test_method_that_this_kernel_does_not_offer(shared, kernel, monkeypatch):
     monkeypatch.setenv("TCPTOOLS_METHOD", "fexit")
-    for btf in ("BTF", None):
-        assert shared.explain({}, btf) == (
-            "this kernel does not offer TCPTOOLS_METHOD=fexit: unset it"
-        )
+    assert shared.explain({}) == (
+        "this kernel does not offer TCPTOOLS_METHOD=fexit: unset it"
+    )
 
 
 def test_first_error_of_the_compiler(shared):
@@ -724,23 +697,18 @@ def test_ebpf_prints_the_program(name, tool):
     done = run(name, "--ebpf", *options)
     nobody = pwd.getpwnam("nobody").pw_uid
     assert (done.returncode, done.stderr) == (0, "")
-    beginning = "" if os.path.exists(tool.BTF) else tool.KERNEL_HEADERS
-    assert done.stdout.startswith(
-        f"{beginning}#define FILTER_PID(x) ((x) == 181u || (x) == 182u)\n"
-        "#define FILTER_PORT(x) ((x) == 80u)\n"
-        f"#define FILTER_UID(x) ((x) == 0u || (x) == {nobody}u)\n"
-        "#define FILTER_IP 6\n"
-    )
-    assert "READS(" not in done.stdout
+    for line in (
+        "#define TASK_FILTER ({ u32 x = bpf_get_current_pid_tgid() >> 32; "
+        "x == 181u || x == 182u; }) && ({ u32 x = bpf_get_current_uid_gid(); "
+        f"x == 0u || x == {nobody}u; }})\n",
+        "#define FLOW_FILTER ip == 6 && ({ u32 x = port; x == 80u; })\n",
+    ):
+        assert line in done.stdout
     bare = run(name, "--ebpf", "-t", "-T", "-b", "8").stdout
-    assert "#define FILTER" not in bare
-    structs = {"event_t": tool.structs(parse(tool))["event_t"]}
+    assert "#define TASK_FILTER true\n#define FLOW_FILTER true\n" in bare
+    size = tool.structs(parse(tool))["event_t"].size
     assert bare.endswith(
-        "".join(
-            f"_Static_assert(sizeof(struct {name}) == {record.size}, "
-            '"what Python unpacks");\n'
-            for name, record in structs.items()
-        )
+        f'_Static_assert(sizeof(struct event_t) == {size}, "what Python unpacks");\n'
     )
 
 

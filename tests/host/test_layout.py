@@ -34,10 +34,11 @@ class Btf:
         self.types, self.strings, self.count = b"", b"\0", 0
 
     def name(self, text):
-        if not text:
-            return 0
-        self.strings += text.encode() + b"\0"
-        return len(self.strings) - len(text) - 1
+        """Where it is in the strings, of which no two are the same."""
+        wanted = b"\0%b\0" % text.encode()
+        if text and wanted not in self.strings:
+            self.strings += wanted[1:]
+        return self.strings.index(wanted) + 1 if text else 0
 
     def add(self, kind, name, size_or_type, *after, vlen=0, flag=0):
         info = flag << 31 | KIND[kind] << 24 | vlen
@@ -213,9 +214,9 @@ def test_sizes(shared):
 def test_types_by_name_and_kind(shared):
     """Also where the bytes of the name's offset are something else's, too."""
     crafted = kernel_btf()
-    crafted.func("net", 5, 1)
-    name_off = crafted.data().index(b"\0net\0") + 1 - 24 - len(crafted.types)
+    name_off = crafted.name("net")
     crafted.array(name_off, name_off)
+    crafted.func("net", 5, 1)
     crafted.func("last", 2, 1)
     btf = read(shared, crafted)
     assert btf.arity("net") == 5 and btf.arity("last") == 2
@@ -565,25 +566,23 @@ def test_program_with_headers_is_that_with_kprobes(tool):
 
 
 def filters(tool, *options):
-    """{TASK_FILTER or FLOW_FILTER: its C expression, or None if it is true}"""
+    """The C expressions of TASK_FILTER and FLOW_FILTER that are not just true."""
     macros = tool.filter_macros(parse(tool, *options))
     names = ("TASK_FILTER", "FLOW_FILTER")
     return [macros[name] for name in names if macros[name] != "true"]
+
+
+PID = "u32 x = bpf_get_current_pid_tgid() >> 32"
+UID = "u32 x = bpf_get_current_uid_gid()"
 
 
 @pytest.mark.parametrize(
     ("options", "expressions"),
     [
         ("", []),
-        (
-            "-p 1,2",
-            ["({ u32 x = bpf_get_current_pid_tgid() >> 32; x == 1u || x == 2u; })"],
-        ),
-        ("-u 0", ["({ u32 x = bpf_get_current_uid_gid(); x == 0u; })"]),
-        (
-            "-n a -u 7",
-            ["({ u32 x = bpf_get_current_uid_gid(); x == 7u; }) && has_name()"],
-        ),
+        ("-p 1,2", [f"({{ {PID}; x == 1u || x == 2u; }})"]),
+        ("-u 0", [f"({{ {UID}; x == 0u; }})"]),
+        ("-n a -u 7", [f"({{ {UID}; x == 7u; }}) && has_name()"]),
         ("-4", ["ip == 4"]),
         ("-6 -P 80", ["ip == 6 && ({ u32 x = port; x == 80u; })"]),
     ],

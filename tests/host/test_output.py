@@ -37,18 +37,17 @@ def event(tool, pid, comm, first, second, port, *own, ts=5_000_000_000, **fields
     ids = pid, pid + 1, fields.get("uid", 0), NETNS, CGROUP, comm.encode()
     ends = (6 if ":" in first else 4), packed(first), packed(second)
     if tool.NAME == "tcpconnect":
-        own = own or (0,)
+        own = ts, *(own or (0,))
     else:
-        own = (0, *(own or (0, 0)))
-    values = ts, fields.get("other_port", 0), *own, port, ROW.pack(*ends, *ids)
+        own = own or (0, 0)
+    values = ts, *own, fields.get("other_port", 0), port, ROW.pack(*ends, *ids)
     record = tool.structs(parse(tool))["event_t"]
     return record.unpack(record.pack(*values))
 
 
-def outcome(shared, connect, ended):
-    """A struct outcome_t, unpacked: of an event, at a time (ns)."""
-    record = shared.structs(parse(shared))["outcome_t"]
-    return record.unpack(record.pack(ended, *connect))
+def outcome(connect, ended):
+    """A connect's event when it ended, at a time (ns)."""
+    return (ended, *connect[1:])
 
 
 def traced(maps, programs=None):
@@ -59,15 +58,13 @@ def traced(maps, programs=None):
 def rows(tool, options, events, first_ts=0, queries=None, path=None):
     """The header and the rows of events. queries: for each, the name and its age.
 
-    With -x and -l events without an outcome's time get their own. path: their cgroup's.
+    path: their cgroup's.
     """
     args = parse(tool, *options.split())
     if args.json:
         events = [(*others, row + PROCESS) for *others, row in events]
     paths = tool.CgroupPaths()
     paths.paths = {CGROUP: path}
-    if tool.NAME == "tcpconnect" and tool.wants_outcomes(args):
-        events = [(one[0], *one) if len(one) == 5 else one for one in events]
     names = []
     if tool.NAME == "tcpconnect":
         queried = dict(zip(events, queries or ()))
@@ -179,7 +176,7 @@ def test_latency(shared):
     """-l, and -m alone: successes too, and ms between the SYN and the outcome."""
     ends = ("192.0.2.1", "192.0.2.2", 80)
     events = [
-        outcome(shared, event(shared, 7, "a", *ends, error, ts=5_000_000_000), ended)
+        outcome(event(shared, 7, "a", *ends, error, ts=5_000_000_000), ended)
         for error, ended in (
             (0, 5_000_012_345),
             (errno.ETIMEDOUT, 135_123_456_789),
@@ -213,7 +210,7 @@ def test_json_of_outcomes(shared, monkeypatch):
     at_a_time(monkeypatch, shared, 0, 0)
     ends = ("192.0.2.1", "192.0.2.2", 80)
     events = [
-        outcome(shared, event(shared, 7, "a", *ends, error, ts=5_000_000_000), ended)
+        outcome(event(shared, 7, "a", *ends, error, ts=5_000_000_000), ended)
         for error, ended in (
             (0, 5_000_012_999),
             (errno.ETIMEDOUT, 135_123_456_789),
@@ -682,14 +679,14 @@ def test_programs_that_lose_no_event(name, tool, monkeypatch):
     counted, others = {
         "tcpconnect": (
             ["kretfunc__vmlinux__tcp_v4_connect", "kfunc__tcp_disconnect"]
-            + ["trace_connect", "trace_return", "trace_disconnect"],
-            ["kfunc__vmlinux__skb_consume_udp", "kfunc__skb_consume_udp", "trace_udp"]
+            + ["kprobe__tcp_connect", "kretprobe__tcp_v4_connect", "trace_v6_return"],
+            ["kfunc__vmlinux__skb_consume_udp", "kprobe__skb_consume_udp"]
             + ["trace_state", "trace_state_in_softirq"],
         ),
         "tcpaccept": (
             ["kretfunc__vmlinux__inet_csk_accept", "kfunc__security_sock_graft"]
-            + ["trace_graft", "trace_accept_return"],
-            ["trace_accept"],
+            + ["kprobe__security_sock_graft"],
+            ["kprobe__inet_csk_accept"],
         ),
     }[name]
     monkeypatch.setattr(tool, "is_preemptible", lambda: False)
@@ -924,9 +921,9 @@ def test_names_are_those_at_the_time_of_the_connect(shared, names):
 
 
 def failure(shared, address, ts, failed, pid=181):
-    """An OUTCOME, unpacked: a connect at one time (ns) that failed at another."""
+    """An event: a connect at one time (ns) that failed at another."""
     connect = event(shared, pid, "a", "192.0.2.1", address, 80, 111, ts=ts)
-    return outcome(shared, connect, failed)
+    return outcome(connect, failed)
 
 
 def test_names_of_connects_that_fail(shared, monkeypatch):
