@@ -697,13 +697,11 @@ def test_ebpf_prints_the_program(name, tool):
     done = run(name, "--ebpf", *options)
     nobody = pwd.getpwnam("nobody").pw_uid
     assert (done.returncode, done.stderr) == (0, "")
-    for line in (
-        "#define TASK_FILTER ({ u32 x = bpf_get_current_pid_tgid() >> 32; "
-        "x == 181u || x == 182u; }) && ({ u32 x = bpf_get_current_uid_gid(); "
-        f"x == 0u || x == {nobody}u; }})\n",
-        "#define FLOW_FILTER ip == 6 && ({ u32 x = port; x == 80u; })\n",
-    ):
-        assert line in done.stdout
+    task = "u32 x = bpf_get_current_pid_tgid() >> 32; x == 181u || x == 182u;"
+    user = f"u32 x = bpf_get_current_uid_gid(); x == 0u || x == {nobody}u;"
+    assert f"#define TASK_FILTER ({{ {task} }}) && ({{ {user} }})\n" in done.stdout
+    flow = "ip == 6 && ({ u32 x = port; x == 80u; })"
+    assert f"#define FLOW_FILTER {flow}\n" in done.stdout
     bare = run(name, "--ebpf", "-t", "-T", "-b", "8").stdout
     assert "#define TASK_FILTER true\n#define FLOW_FILTER true\n" in bare
     size = tool.structs(parse(tool))["event_t"].size
