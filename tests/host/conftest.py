@@ -58,6 +58,17 @@ def parse(tool, *arguments):
         return tool.parse_args()
 
 
+def help_of(tool):
+    """What -h prints on a screen of 80 columns."""
+    written = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        patch.setattr(tool, "write", written.append)
+        with pytest.raises(SystemExit):
+            parse(tool, "-h")
+    return "".join(written)
+
+
 def run(name, *args, **options):
     """A finished run of the tool by the system's python3."""
     return subprocess.run(

@@ -12,7 +12,7 @@ import select
 import subprocess
 
 import pytest
-from conftest import TOOLS, TOP, load
+from conftest import TOOLS, TOP, help_of, load
 
 BASH_FILE = TOP / "examples/completion.bash"
 GUARD = 120  # seconds without output
@@ -138,7 +138,7 @@ def wait_for(marker, terminal):
 
 def help_options(name):
     """All options in the tool's help."""
-    lines = re.findall(r"^  (-.+?)(?:  |$)", load(name).HELP, re.MULTILINE)
+    lines = re.findall(r"^  (-.+?)(?:  |$)", help_of(load(name)), re.MULTILINE)
     return sorted(part.split()[0] for line in lines for part in line.split(", "))
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import TOOLS, TOP, load
+from conftest import TOOLS, TOP, help_of, load
 
 SHELL = (
     "tests/run",
@@ -98,7 +98,7 @@ def test_man_page(name):
     rendered = check("mandoc", "-T", "ascii", "-O", "width=80", page)
     rendered = re.sub(".\b", "", rendered)  # overstrikes: bold and underlined
     assert [line for line in rendered.splitlines() if len(line) > 80] == []
-    for option in re.findall(r"-[a-zA-Z]\b|--[a-z]+", load(name).HELP):
+    for option in re.findall(r"-[a-zA-Z]\b|--[a-z]+", help_of(load(name))):
         assert option.replace("-", "\\-") in text
 
 
@@ -114,7 +114,7 @@ def test_version_is_the_same():
         text = (TOP / f"examples/{name}_example.txt").read_text()
         assert f"\n# ./{name} -V\n{name} {version}\n" in text
     changes = (TOP / ".github/CHANGELOG.md").read_text()
-    assert re.findall(r"^## (.*)", changes, re.MULTILINE)[0] == version
+    assert re.findall(r"^## (\d.*)", changes, re.MULTILINE)[0] == version
 
 
 def test_readme_is_short_and_narrow():

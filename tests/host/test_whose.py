@@ -370,25 +370,10 @@ def test_cgroups_out_of_reach(shared, monkeypatch):
     assert paths.path(71) is None
 
 
-@pytest.mark.parametrize("words", ["-i 7", "--per-process", "-i 7 --per-process"])
-def test_options_of_count_alone(tool, capsys, words):
-    names = ", ".join(re.findall("--per-process|-i", words)).replace(
-        "-i", "-i/--interval"
-    )
-    error = usage_error(tool, capsys, *words.split())
-    assert error == f"only with -c/--count: {names}"
-
-
 @pytest.mark.parametrize("value", ["0", "86401", "0.5", "1s"])
 def test_intervals_that_are_refused(tool, capsys, value):
     error = usage_error(tool, capsys, "-c", "-i", value)
     assert error == f"argument -i/--interval: not seconds (1 to 86400): {value!r}"
-
-
-def test_time_goes_with_intervals_only(tool, capsys):
-    assert parse(tool, "-c", "-i", "7", "-T").time
-    error = usage_error(tool, capsys, "-c", "-T", "--per-process")
-    assert error == "-c/--count cannot be combined with -T/--time"
 
 
 class Counting:
