@@ -400,7 +400,9 @@ def test_pid_that_does_not_exist_yet(start):
     last = pathlib.Path("/proc/sys/kernel/ns_last_pid")
     pid = int(last.read_text()) + 997
     (tool,) = start(f"tcpconnect -p {pid}")
-    assert tool.complaints() == [f"tcpconnect: no such process yet: {pid}"]
+    assert tool.complaints() == [
+        f"tcpconnect: no such process seen yet (-p takes PIDs of the host): {pid}"
+    ]
     last.write_text(str(pid - 1))
     worker = Worker(b"late", connect_nonblocking, 0, NOBODY4, 3)
     worker.report()
@@ -417,7 +419,7 @@ def test_pid_in_a_pid_namespace_of_its_own(start):
     (tool,) = start("tcpaccept -p 1", options={"wrapper": wrapper})
     assert tool.method() == best_method()
     assert tool.complaints() == [
-        "tcpaccept: running in a PID namespace; -p takes PIDs of the host"
+        "tcpaccept: no such process seen yet (-p takes PIDs of the host): 1"
     ]
 
 

@@ -1,6 +1,7 @@
 """Arguments, and what keeps a tool from tracing before it tries."""
 
 import argparse
+import errno
 import io
 import os
 import pwd
@@ -585,6 +586,9 @@ def test_ftrace_disabled(shared, tmp_path, monkeypatch, capsys):
     )
 
 
+NO_PROCESS = "tcpconnect: no such process seen yet (-p takes PIDs of the host): "
+
+
 def test_pid_namespace(shared, monkeypatch, capsys):
     def is_in(inode):
         stat = {"/proc/self/ns/pid": SimpleNamespace(st_ino=inode)}
@@ -593,31 +597,28 @@ def test_pid_namespace(shared, monkeypatch, capsys):
     is_in(0xEFFFFFFC)
     shared.warn_of_pids([os.getpid()])
     is_in(4026532123)
-    shared.warn_of_pids(None)
+    shared.warn_of_pids(())
     assert capsys.readouterr() == ("", "")
     shared.warn_of_pids([os.getpid()])
-    assert capsys.readouterr().err == (
-        "tcpconnect: running in a PID namespace; -p takes PIDs of the host\n"
-    )
+    assert capsys.readouterr().err == f"{NO_PROCESS}{os.getpid()}\n"
 
 
 def test_no_such_process(shared, monkeypatch, capsys):
     """A process that we may not send signals to is one."""
-    errors = {7: ProcessLookupError, 11: PermissionError, 13: ProcessLookupError}
+    errors = {7: errno.ESRCH, 11: errno.EPERM, 13: errno.ESRCH}
 
     def kill(pid, number):
         assert number == 0
         if pid in errors:
-            raise errors[pid]
+            raise OSError(errors[pid], "")
 
     stat = {"/proc/self/ns/pid": SimpleNamespace(st_ino=0xEFFFFFFC)}
     monkeypatch.setattr(shared.os, "stat", stat.__getitem__)
     monkeypatch.setattr(shared.os, "kill", kill)
     shared.warn_of_pids([5, 11])
-    shared.warn_of_pids(None)
     assert capsys.readouterr() == ("", "")
     shared.warn_of_pids([5, 7, 11, 13])
-    assert capsys.readouterr() == ("", "tcpconnect: no such process yet: 7, 13\n")
+    assert capsys.readouterr() == ("", f"{NO_PROCESS}7, 13\n")
 
 
 def test_unprivileged(name):
