@@ -554,20 +554,43 @@ def test_any_comm_stays_on_its_line(shared, comm):
     assert bool(shown.encode()) == bool(comm.partition(b"\0")[0])
 
 
+MS = 1_000_000
+
+
 def batches(shared, *steps):
-    """What a Timeline gives for steps of (before, timestamps that have come)."""
-    timeline, given_out = shared.Timeline(), []
-    for before, timestamps in steps:
-        timeline.add([(ts, f"event of {ts}") for ts in timestamps])
-        given_out.append([[ts for ts, _ in b] for b in timeline.batches(before)])
-    return given_out, timeline.first
+    """What event_batches() gives in each poll, [batch], and the first timestamp. A step
+    is (before, timestamps that have come): what is earlier is due. The last is the end.
+
+    An event is a timestamp, twice.
+    """
+    given_out, to_come, current = [], list(steps), []
+
+    def wait(_poll):
+        given_out.append([])
+        current[:] = to_come.pop(0)
+        return not to_come
+
+    events = SimpleNamespace(read=lambda: [(ts, ts) for ts in current[1]])
+    losses = SimpleNamespace(counters=[0] * 5, report_when_due=lambda now: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "wait", wait)
+        patch.setattr(shared, "time_asleep", lambda: 0)
+        patch.setattr(shared, "kernel_time", lambda: current[0] + shared.SETTLE_NS)
+        first = None
+        for batch, first in shared.event_batches([events], losses, "poll", ()):
+            given_out[-1].append(batch)
+    return given_out, first
+
+
+def times(given_out):
+    return [[[ts for ts, _ in batch] for batch in some] for some in given_out]
 
 
 def test_events_are_sorted_within_and_across_batches(shared):
     """What happened at `before` or later waits for earlier events to arrive."""
     steps = (980, [970, 960, 999]), (1080, [995, 1050, 1080]), (1081, []), (1300, [])
-    given_out, first = batches(shared, *steps)
-    assert given_out == [[[960, 970]], [[995, 999, 1050]], [[1080]], []]
+    given_out, first = batches(shared, *steps, (0, []))
+    assert times(given_out) == [[[960, 970]], [[995, 999, 1050]], [[1080]], [], []]
     assert first == 960
 
 
@@ -575,61 +598,79 @@ def test_time_never_goes_backwards(shared):
     """An event that comes too late has the time of the newest before it."""
     steps = (980, [900, 950]), (1080, [890, 949, 960]), (1180, [970])
     given_out, first = batches(shared, *steps)
-    assert given_out == [[[900, 950]], [[950, 950, 960]], [[970]]]
+    assert times(given_out) == [[[900, 950]], [[950, 950, 960]], [[970]]]
     assert first == 900
 
 
 def test_what_is_held_is_given_at_the_end(shared):
-    given_out, _ = batches(shared, (0, [999, 998]), (float("inf"), [1 << 63]))
-    assert given_out == [[], [[998, 999, 1 << 63]]]
+    given_out, _ = batches(shared, (0, [999, 998]), (0, [1 << 63]))
+    assert times(given_out) == [[], [[998, 999, 1 << 63]]]
 
 
 def test_batches_are_bounded(shared):
-    given_out, _ = batches(shared, (5000, list(range(2003, 0, -1))))
+    given_out, _ = batches(shared, (5000, list(range(2003, 0, -1))), (5000, []))
     assert list(map(len, given_out[0])) == [1000, 1000, 3]
-    assert list(itertools.chain(*given_out[0])) == list(range(1, 2004))
+    assert list(itertools.chain(*times(given_out)[0])) == list(range(1, 2004))
 
 
 @settings(deadline=None)
 @given(st.lists(st.lists(st.integers(1, 5000), max_size=40), max_size=8))
 def test_any_order(shared, arrivals):
     """All events come out, once each, and time never goes backwards."""
-    timeline, found, before = shared.Timeline(), [], 0
-    for number, timestamps in enumerate(arrivals):
-        timeline.add([(ts, (number, i)) for i, ts in enumerate(timestamps)])
-        before += 1000
-        found += itertools.chain(*timeline.batches(before))
-    found += itertools.chain(*timeline.batches(float("inf")))
+    steps = [(1000 * n, timestamps) for n, timestamps in enumerate(arrivals, 1)]
+    given_out, _ = batches(shared, *steps, (0, []))
+    found = [event for some in given_out for batch in some for event in batch]
     assert [ts for ts, _ in found] == sorted(ts for ts, _ in found)
-    assert sorted(event for _, event in found) == [
-        (number, i) for number, some in enumerate(arrivals) for i in range(len(some))
-    ]
-
-
-MS = 1_000_000
+    assert sorted(ts for _, ts in found) == sorted(itertools.chain(*arrivals))
 
 
 def test_event_batches(shared, monkeypatch):
-    """Events settle for 20 ms, but not in the end; each loop does all chores."""
+    """Events settle for 20 ms, but not in the end; each loop does all tasks."""
     done, clock = [], iter([1000 * MS, 1100 * MS, 1200 * MS])
     is_over = iter([False, False, True])
     arrived = iter([[970, 990], [989, 1050], [1199]])
     monkeypatch.setattr(shared, "wait", lambda poll: next(is_over))
-    monkeypatch.setattr(shared.time, "monotonic_ns", lambda: next(clock))
+    monkeypatch.setattr(shared, "time_asleep", lambda: 0)
+    monkeypatch.setattr(shared, "kernel_time", lambda: next(clock))
 
     def read():
         done.append("read")
         return [(ts * MS, "") for ts in next(arrived)]
 
     losses = SimpleNamespace(report_when_due=lambda now: done.append(("due", now)))
-    events, chores = SimpleNamespace(read=read), [lambda: done.append("chore")]
-    for batch, first in shared.event_batches(events, losses, "poll", chores):
+    losses.counters = [0] * 5
+    events, tasks = SimpleNamespace(read=read), [lambda: done.append("task")]
+    for batch, first in shared.event_batches([events], losses, "poll", tasks):
         done.append(([ts // MS for ts, _ in batch], first // MS))
     assert done == [
-        *("read", "chore", ([970], 970), ("due", 1000 * MS)),
-        *("read", "chore", ([989, 990, 1050], 970), ("due", 1100 * MS)),
-        *("read", "chore", ([1199], 970), ("due", float("inf"))),
+        *("read", "task", ([970], 970), ("due", 1000 * MS)),
+        *("read", "task", ([989, 990, 1050], 970), ("due", 1100 * MS)),
+        *("read", "task", ([1199], 970), ("due", float("inf"))),
     ]
+
+
+def test_when_buffers_are_opened_anew(shared, monkeypatch):
+    """CPUs have come online, or the machine was suspended."""
+    polls = [(0, 0), (1, 0), (1, 0), (2, 0), (2, 99), (2, 101), (2, 150), (2, 202)]
+    to_come, counters, opened, asleep = iter(polls), [0] * 5, [], [0]
+
+    def wait(_poll):
+        counters[CPU_OFFLINE], asleep[0] = next(to_come)
+        opened.append([])
+        return len(opened) == len(polls)
+
+    clock = {time.CLOCK_BOOTTIME: lambda: 5_000 * MS + asleep[0] * MS}
+    monkeypatch.setattr(shared, "wait", wait)
+    monkeypatch.setattr(shared.time, "monotonic_ns", lambda: 4_000 * MS)
+    monkeypatch.setattr(shared.time, "clock_gettime_ns", lambda which: clock[which]())
+    losses = SimpleNamespace(counters=counters, report_when_due=lambda now: None)
+    buffers = [
+        SimpleNamespace(read=list, open=lambda name=name: opened[-1].append(name))
+        for name in ("events", "responses")
+    ]
+    assert list(shared.event_batches(buffers, losses, "poll", ())) == []
+    both = ["events", "responses"]
+    assert opened == [[], both, [], both, [], both, [], both]
 
 
 @pytest.mark.parametrize(
@@ -1305,7 +1346,7 @@ def test_work_for_a_response_is_bounded(shared):
 @pytest.mark.parametrize("options", ["", "--json", "-d", "-d --json"])
 def test_events_and_responses(shared, monkeypatch, options):
     """What becomes of them with each kind of output; both are opened anew."""
-    done, hotplugs = [], []
+    done = []
     args = parse(shared, *options.split())
     names = SimpleNamespace(responses="responses", read="read", query=lambda _: None)
     cgroups = SimpleNamespace(check="check")
@@ -1316,20 +1357,14 @@ def test_events_and_responses(shared, monkeypatch, options):
         done.append(what)
         yield [found], 1
 
-    def hotplug(*what):
-        hotplugs.append(what)
-        return SimpleNamespace(check="hotplug")
-
     monkeypatch.setattr(shared, "event_batches", event_batches)
-    monkeypatch.setattr(shared, "Hotplug", hotplug)
     monkeypatch.setattr(shared, "write", done.append)
     names = names if args.dns else None
     shared.print_events(args, "poll", "events", names, "losses", cgroups)
     head, what, text = done
-    chores = ["check", "read", "hotplug"] if args.dns else ["check", "hotplug"]
-    assert what == ("events", "losses", "poll", chores)
-    opened = ["events", "responses"] if args.dns else ["events"]
-    assert hotplugs == [("losses", opened)]
+    tasks = ["check", "read"] if args.dns else ["check"]
+    buffers = ["events", "responses"] if args.dns else ["events"]
+    assert what == (buffers, "losses", "poll", tasks)
     assert head == ("" if args.json else shared.header(args))
     assert text.startswith('{"ts": ' if args.json else "7       a ")
 
