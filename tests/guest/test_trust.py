@@ -6,7 +6,6 @@ Every count of connections is a prime number.
 import collections
 import ctypes
 import errno
-import json
 import os
 import pathlib
 import re
@@ -462,25 +461,13 @@ def test_cpu_comes_online(start):
         assert tool.complaints() == [line, in_total]
 
 
-def utc():
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
-
-
 @only_on("sid")
-def test_clock_of_a_time_namespace(start):
-    """A day ahead of the kernel's, by which events are timed."""
+def test_time_namespace():
+    """Whose clock is a day ahead of the kernel's, by which events are timed."""
     wrapper = ("unshare", "--time", "--monotonic=86400", "--fork")
-    (tool,) = start("tcpconnect --json", options={"wrapper": wrapper})
-    before = utc()
-    worker = Worker(b"late", connect_nonblocking, 0, NOBODY4, 7)
-    worker.report()
-    until(lambda: len(tool.rows()) == 7)
-    after = utc()
-    times = [json.loads(line)["ts"] for line in tool.rows()]
-    assert all(before <= ts[:19] <= after for ts in times)
-    children = f"/proc/{tool.process.pid}/task/{tool.process.pid}/children"
-    os.kill(int(pathlib.Path(children).read_text()), signal.SIGINT)
-    assert tool.process.wait(DEADLINE) == 0
+    why = "cannot trace in a time namespace with an offset: run it on the host"
+    said = failures(wrapper=wrapper)
+    assert said == {name: f"{name}: error: {why}\n" for name in TOOLS}
 
 
 def loaded(kind):

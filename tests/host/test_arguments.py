@@ -586,6 +586,32 @@ def test_ftrace_disabled(shared, tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "is_taken"),
+    [
+        ("monotonic           0         0\nboottime           -9         0\n", True),
+        ("monotonic         -15 500000000\nboottime            0         0\n", False),
+        ("monotonic           0 500000000\nboottime            0         0\n", False),
+        (None, True),
+    ],
+)
+def test_time_namespace(shared, monkeypatch, tmp_path, capsys, text, is_taken):
+    """As in time_namespaces(7), whose kernels have it since 5.6."""
+    file = tmp_path / "timens_offsets"
+    if text:
+        file.write_text(text)
+    files = {"/proc/self/timens_offsets": file}
+    opened = lambda path: files[path].open()
+    monkeypatch.setattr(shared, "open", opened, raising=False)
+    if is_taken:
+        shared.require_clock()
+        assert capsys.readouterr() == ("", "")
+    else:
+        assert exits(capsys, shared.require_clock) == (
+            "cannot trace in a time namespace with an offset: run it on the host"
+        )
+
+
 NO_PROCESS = "tcpconnect: no such process seen yet (-p takes PIDs of the host): "
 
 

@@ -133,7 +133,6 @@ def utc(monkeypatch, shared):
 def at_a_time(monkeypatch, tool, monotonic, wall):
     monkeypatch.setattr(tool.time, "monotonic_ns", lambda: monotonic)
     monkeypatch.setattr(tool.time, "time_ns", lambda: wall)
-    monkeypatch.setattr(tool.time, "clock_gettime_ns", {time.CLOCK_REALTIME: wall}.get)
 
 
 def test_every_column(name, tool, monkeypatch, utc):
@@ -575,7 +574,9 @@ def batches(shared, *steps):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared, "wait", wait)
         patch.setattr(shared, "time_asleep", lambda: 0)
-        patch.setattr(shared, "kernel_time", lambda: current[0] + shared.SETTLE_NS)
+        patch.setattr(
+            shared.time, "monotonic_ns", lambda: current[0] + shared.SETTLE_NS
+        )
         first = None
         for batch, first in shared.event_batches([events], losses, "poll", ()):
             given_out[-1].append(batch)
@@ -631,7 +632,7 @@ def test_event_batches(shared, monkeypatch):
     arrived = iter([[970, 990], [989, 1050], [1199]])
     monkeypatch.setattr(shared, "wait", lambda poll: next(is_over))
     monkeypatch.setattr(shared, "time_asleep", lambda: 0)
-    monkeypatch.setattr(shared, "kernel_time", lambda: next(clock))
+    monkeypatch.setattr(shared.time, "monotonic_ns", lambda: next(clock))
 
     def read():
         done.append("read")
@@ -673,55 +674,20 @@ def test_when_buffers_are_opened_anew(shared, monkeypatch):
     assert opened == [[], both, [], both, [], both, [], both]
 
 
-@pytest.mark.parametrize(
-    ("text", "offset_ms"),
-    [
-        ("monotonic           0         0\nboottime           -9         0\n", 0),
-        ("monotonic         -15 500000000\nboottime            0         0\n", -14500),
-        (None, 0),
-    ],
-)
-def test_kernel_time(shared, monkeypatch, tmp_path, text, offset_ms):
-    """As in time_namespaces(7), whose kernels have it since 5.6."""
-    file = tmp_path / "timens_offsets"
-    if text:
-        file.write_text(text)
-    files = {"/proc/self/timens_offsets": file}
-    opened = lambda path: files[path].open()
-    monkeypatch.setattr(shared, "open", opened, raising=False)
-    monkeypatch.setattr(shared.time, "monotonic_ns", lambda: 70_000 * MS)
-    wall = {time.CLOCK_REALTIME: 90_000 * MS}
-    monkeypatch.setattr(shared.time, "clock_gettime_ns", wall.get)
-    shared.namespace_offset.cache_clear()
-    assert shared.kernel_time() == (70_000 - offset_ms) * MS
-    assert shared.boot_time() == (20_000 + offset_ms) * MS
-    shared.namespace_offset.cache_clear()
+def test_clocks_are_read_together(shared, monkeypatch):
+    """A wait for a CPU between two clocks shifts no event, if only one of three has
+    none.
+    """
+    waits, now = iter([30 * MS, 0, 9 * MS]), [0]
 
-
-@pytest.mark.parametrize(
-    ("waits", "readings"),  # ms before and after the wall clock is read
-    [
-        ([(0, 0)], 1),
-        ([(0, 70), (30, 0), (0, 0), (0, 0)], 3),
-        ([(0, 9)] + [(9, 0)] * 3 + [(3, 0)] + [(0, 9)] * 6, 10),
-    ],
-)
-def test_clocks_are_read_together(shared, monkeypatch, waits, readings):
-    """A wait for a CPU between two clocks shifts no event by more than it must."""
-    now, to_come = [0], iter(waits)
-
-    def read_wall(_clock):
-        before, after = next(to_come)
-        now[0] += before * MS
+    def read_wall():
         wall = now[0] + 5_000 * MS
-        now[0] += after * MS
+        now[0] += next(waits)
         return wall
 
     monkeypatch.setattr(shared.time, "monotonic_ns", lambda: now[0])
-    monkeypatch.setattr(shared.time, "clock_gettime_ns", read_wall)
-    shift = shared.ahead_of_monotonic(time.CLOCK_REALTIME) - 5_000 * MS
-    assert shift == min(waits[:readings], key=sum)[0] * MS
-    assert len(list(to_come)) == len(waits) - readings
+    monkeypatch.setattr(shared.time, "time_ns", read_wall)
+    assert shared.boot_time() == 5_000 * MS
 
 
 class Counters:
