@@ -668,14 +668,6 @@ def test_bcc_missing(name, no_bcc):
     )
 
 
-def test_package_of_dns_missing(shared, monkeypatch, capsys):
-    monkeypatch.setitem(shared.sys.modules, "cachetools", None)
-    assert exits(capsys, shared.import_dns) == (
-        "-d/--dns needs cachetools: install python3-cachetools (Arch: "
-        "python-cachetools), or sudo pip install cachetools"
-    )
-
-
 LOCKDOWN = "/sys/kernel/security/lockdown"
 NO_KPROBES = (
     "this kernel cannot trace: it has no kprobes and rejects fexit programs (it needs "

@@ -866,14 +866,13 @@ def test_calls_that_never_returned(shared, monkeypatch):
 def test_responses_lost(shared, monkeypatch, capsys):
     counters = Counters(shared, monkeypatch)
     losses = shared.Losses(parse(shared), counters.traced)
-    shared.report_names_missed(losses, 0)
+    shared.report_names_missed(losses)
     assert capsys.readouterr().err == ""
     counters.add(RESPONSE_LOST, 3)
-    shared.report_names_missed(losses, 7)
+    shared.report_names_missed(losses)
     losses.report_total()
     assert capsys.readouterr().err == (
         "tcpconnect: lost 3 DNS responses: buffer full\n"
-        "tcpconnect: lost the end of 7 DNS responses (see tcpconnect(8), Names)\n"
     )
 
 
@@ -977,13 +976,13 @@ def message(name, *answers, flags=ANSWERED, questions=1):
     return header + question + b"".join(map(record, answers))
 
 
-def received(message, ts, pid=181, server=RESOLVER, connected=0, cut=0):
+def received(message, ts, pid=181, server=RESOLVER, connected=0):
     """A response, as responses_in() gives it, in which so much of a message is."""
     if ":" in server:
         ip_header = b"\x60".ljust(8) + packed(server)
     else:
         ip_header = b"\x45".ljust(12) + packed(server)[:4]
-    return ts, pid, len(message), cut, connected, ip_header.ljust(40), message
+    return ts, pid, len(message), 0, connected, ip_header.ljust(40), message
 
 
 def response(name, *answers, ts, pid=181, **fields):
@@ -1001,7 +1000,6 @@ def names_of(shared, patch, options="-d", arrived=()):
 
     patch.setattr(shared, "Buffers", buffers)
     patch.setattr(shared, "resolvers", lambda: {packed(RESOLVER)[:4]})
-    shared.import_dns()
     args = parse(shared, *options.split())
     names = shared.Names(args, traced({"responses": 71}), 32, "poll")
     names.arrived = arrived
@@ -1196,27 +1194,20 @@ def test_messages_that_are_not_believed(shared, names, fields):
     text = message("a.example", "192.0.2.7", **fields)
     names.arrived.append(received(text, 1, connected=1))
     assert query(shared, names, "192.0.2.7", 2) is None
-    names.arrived.append(received(text[:30], 1, cut=1))
+    names.arrived.append(received(text[:30], 1))
     assert query(shared, names, "192.0.2.7", 2) is None
-    assert names.cut == 0
 
 
 def test_responses_that_are_cut(shared, names):
-    """What is there before the end is taken; what is missing of answers is counted."""
+    """What is there before the end is taken."""
     text = message("a.example", "cdn.example", "192.0.2.7", "192.0.2.8")
     begin = len(text) - 32  # of the two addresses, 16 bytes each
     for length in range(len(text) + 1):
-        names.arrived.append(received(text[:length], 5, cut=1))
-        names.read()
-        assert names.cut == 1 - (length == len(text))
-        names.cut = 0
+        names.arrived.append(received(text[:length], 5))
         shown = [query(shared, names, f"192.0.2.{n}", 5) for n in (7, 8)]
         there = (length >= begin + 16, length >= begin + 32)
         assert shown == [is_there and "a.example" or None for is_there in there]
         names.names.clear()
-    names.arrived.append(received(text[:-1], 5, cut=0))  # was sent like that
-    names.read()
-    assert names.cut == 0
 
 
 def test_records_of_other_kinds(shared, names):
@@ -1229,6 +1220,23 @@ def test_records_of_other_kinds(shared, names):
     names.arrived.append(received(text, 1))
     assert query(shared, names, "192.0.2.7", 2) is None
     assert query(shared, names, "192.0.2.8", 2) == "a.example"
+
+
+def test_names_are_bounded(shared, names, monkeypatch):
+    """The one that was looked up the longest time ago goes; a day later, all are gone.
+    Each is kept for its process and for all.
+    """
+    monkeypatch.setattr(shared, "NAMES", 4)
+    names.arrived += [
+        response(f"n{i}.example", f"192.0.2.{i}", ts=ts * MS)
+        for ts, i in enumerate((1, 2, 1, 3))
+    ]
+    shown = [query(shared, names, f"192.0.2.{i}", 9 * MS) for i in (1, 2, 3)]
+    assert shown == ["n1.example", None, "n3.example"]
+    assert len(names.names) == 4
+    day = 86_400_000
+    assert query(shared, names, "192.0.2.3", (day + 2) * MS) == "n3.example"
+    assert query(shared, names, "192.0.2.3", (day + 3) * MS) is None
 
 
 @pytest.mark.parametrize("age_ms", [0, 999, 1000, 86_399_999])
@@ -1261,12 +1269,12 @@ def test_names_have_one_spelling(shared, names):
 
 def test_responses_that_wait_are_bounded(shared, names, monkeypatch):
     """The earliest need not wait for a connect."""
-    monkeypatch.setattr(shared, "NAMES", 2)
+    monkeypatch.setattr(shared, "NAMES", 4)
     names.arrived += [
-        response(f"n{i}.example", f"192.0.2.{i}", ts=i * MS) for i in (5, 3, 7, 4)
+        response(f"n{i}.example", f"192.0.2.{i}", ts=i * MS) for i in (5, 3, 8, 4, 7, 6)
     ]
     names.read()
-    assert [ts for ts, *_ in sorted(names.waiting)] == [5 * MS, 7 * MS]
+    assert [ts for ts, *_ in sorted(names.waiting)] == [5 * MS, 6 * MS, 7 * MS, 8 * MS]
     assert query(shared, names, "192.0.2.3", 3 * MS) == "n3.example"
     assert query(shared, names, "192.0.2.3", 2 * MS) is None
 
@@ -1305,7 +1313,7 @@ def test_work_for_a_response_is_bounded(shared):
             read.append(at)
             return super().__getitem__(at)
 
-    assert shared.answers(Message(text)) == ([b"a"], False)
+    assert shared.answers(Message(text)) == [b"a"]
     assert len(read) < len(text)
 
 
