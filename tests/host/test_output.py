@@ -64,18 +64,18 @@ def rows(tool, options, events, first_ts=0, queries=None, path=None):
     args = parse(tool, *options.split())
     if args.json:
         events = [(*others, row + PROCESS) for *others, row in events]
-    paths = tool.CgroupPaths()
-    paths.paths = {CGROUP: path}
     if tool.NAME == "tcpconnect" and tool.wants_outcomes(args):
         events = [(one[0], *one) if len(one) == 5 else one for one in events]
     names = []
     if tool.NAME == "tcpconnect":
         queried = dict(zip(events, queries or ()))
         names = [SimpleNamespace(query=queried.get) if queries else None]
-    if args.json:
-        text = tool.json_rows(args, events, paths, *names)
-    else:
-        text = tool.table_rows(args, events, first_ts, paths, *names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tool, "cgroup_path", {CGROUP: path}.get)
+        if args.json:
+            text = tool.json_rows(args, events, *names)
+        else:
+            text = tool.table_rows(args, events, first_ts, *names)
     return tool.header(args) + text
 
 
