@@ -139,7 +139,7 @@ def test_man_page_has_what_messages_refer_to(name):
     text = (TOP / f"man/man8/{name}.8").read_text()
     source = (TOP / name).read_text()
     sections = set(re.findall(r"\{NAME\}\(8\), (\w[\w ]*)", source))
-    assert {"REQUIREMENTS", "Lost events", "Permission"} <= sections
+    assert {"DIAGNOSTICS", "Lost events", "Permission"} <= sections
     assert sections <= set(re.findall(r"^\.S[HS] (.*)", text, re.MULTILINE))
     tool = load(name)
     assert f"see {name}(8), Lost events" in tool.LOSSES["skipped"]

@@ -58,14 +58,14 @@ def test_networks(shared, text, network):
         ("-a ::1,!::1", "both ::1/128 and !::1/128: drop one"),
     ],
 )
-def test_networks_that_are_refused(tool, capsys, words, error):
-    assert usage_error(tool, capsys, *words.split()).startswith(f"{ADDRESS}{error}")
+def test_networks_that_are_refused(tool, capfd, words, error):
+    assert usage_error(tool, capfd, *words.split()).startswith(f"{ADDRESS}{error}")
 
 
-def test_how_many_networks(shared, capsys):
+def test_how_many_networks(shared, capfd):
     most = ",".join(f"10.0.0.{n}" for n in range(64))
     assert len(parse(shared, "-a", most).addr) == 64
-    error = usage_error(shared, capsys, "-a", f"{most},::1")
+    error = usage_error(shared, capfd, "-a", f"{most},::1")
     assert error == f"{ADDRESS}too many values: 65 (maximum 64)"
 
 
@@ -157,8 +157,8 @@ def longest_match(networks, address):
         ("\u00e9" * 8, f": the kernel cuts it to '{chr(0xE9) * 7}\\udcc3'"),
     ],
 )
-def test_names_that_are_refused(tool, capsys, text, cut):
-    assert usage_error(tool, capsys, "-n", text) == f"{NAME}{text!r}{cut}"
+def test_names_that_are_refused(tool, capfd, text, cut):
+    assert usage_error(tool, capfd, "-n", text) == f"{NAME}{text!r}{cut}"
 
 
 @pytest.mark.parametrize("text", ["a", "a" * 15, "tmux: server", '"; x', "\udcff"])
@@ -305,10 +305,10 @@ def test_cgroup_outside_of_a_container(shared, monkeypatch, tmp_path):
     assert (shared.cgroup_path(71), shared.unit(71)) == (None, "71")
 
 
-def test_no_cgroup2_mounted(tool, monkeypatch, capsys):
+def test_no_cgroup2_mounted(tool, monkeypatch, capfd):
     mounts = "cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n"
     has_mounts(tool, monkeypatch, mounts)
-    assert usage_error(tool, capsys, "--unit") == (
+    assert usage_error(tool, capfd, "--unit") == (
         "argument --unit: no cgroup v2 hierarchy is mounted"
     )
     forget(tool)
@@ -326,8 +326,8 @@ def test_cgroups_out_of_reach(shared, monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["0", "86401", "0.5", "1s"])
-def test_intervals_that_are_refused(tool, capsys, value):
-    error = usage_error(tool, capsys, "-c", "-i", value)
+def test_intervals_that_are_refused(tool, capfd, value):
+    error = usage_error(tool, capfd, "-c", "-i", value)
     assert error == f"argument -i/--interval: not seconds (1 to 86400): {value!r}"
 
 
