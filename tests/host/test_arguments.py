@@ -535,8 +535,7 @@ def test_capabilities(shared, monkeypatch, capfd, effective, is_enough):
 
 
 def on_machine(shared, monkeypatch, machine, maxsize):
-    uname = SimpleNamespace(machine=machine)
-    monkeypatch.setattr(shared.os, "uname", lambda: uname)
+    monkeypatch.setattr(shared, "MACHINE", machine)
     monkeypatch.setattr(shared.sys, "maxsize", maxsize)
 
 
