@@ -414,39 +414,39 @@ def test_no_btf(shared, tmp_path, monkeypatch, capfd):
     assert err.endswith("\n") and err.count("\n") == 1
 
 
-def test_no_ipv6_in_the_kernel(shared, capsys):
+def test_no_ipv6_in_the_kernel(shared, capfd):
     btf = read(shared, kernel_btf(without_ipv6))
     shared.require_kernel(parse(shared), btf)
-    assert capsys.readouterr() == (
+    assert capfd.readouterr() == (
         "",
         "tcpconnect: this kernel has no IPv6: tracing IPv4 only\n",
     )
     shared.require_kernel(parse(shared, "-4"), btf)
-    assert capsys.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")
     with pytest.raises(SystemExit) as end:
         shared.require_kernel(parse(shared, "-6"), btf)
     assert end.value.code == 1
-    assert capsys.readouterr() == (
+    assert capfd.readouterr() == (
         "",
         "tcpconnect: error: this kernel has no IPv6\n",
     )
 
 
-def test_ipv6_in_the_kernel(shared, capsys):
+def test_ipv6_in_the_kernel(shared, capfd):
     for options in ([], ["-4"], ["-6"]):
         shared.require_kernel(parse(shared, *options), read(shared))
         shared.require_kernel(parse(shared, *options), None)  # the headers know
-    assert capsys.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")
 
 
-def test_mntnsmap_needs_btf(shared, tmp_path, capsys):
+def test_mntnsmap_needs_btf(shared, tmp_path, capfd):
     (tmp_path / "map").write_text("")
     args = parse(shared, "--mntnsmap", str(tmp_path / "map"))
     shared.require_kernel(args, read(shared))
     with pytest.raises(SystemExit) as end:
         shared.require_kernel(args, None)
     assert end.value.code == 1
-    assert capsys.readouterr().err == (
+    assert capfd.readouterr().err == (
         "tcpconnect: error: --mntnsmap needs the kernel's BTF "
         "(/sys/kernel/btf/vmlinux)\n"
     )
