@@ -12,27 +12,27 @@ SHORT = (
 LONG = SHORT.replace("-p", "--pid", 1).replace("-P", "--port").replace("-u", "--uid")
 LONG = LONG.replace("-n", "--name", 1)
 
-# -T aside, a column, --json and -c never go together, nor do -4 and -6: six lines are
-# the fewest.
+# --json and -c never go together, nor do -4 and -6; both leave columns out.
 FOUR, SIX = "-4 -a {four}", "-a {six} -6"
-COUNT = "-c -i 86400 --per-process -T"
+COLUMNS = "-t -T -U --unit"
+COUNT = f"-c -i 86400 --per-process {COLUMNS}"
 LONG_COUNT = "--count --interval 86400 --per-process --time"
 LONG_COLUMNS = "--timestamp --time --print-uid --unit --buffer-pages 32"
 LINES = {
     "tcpconnect": [
-        f"-t -T -U -L -d -x -l -m 0 --unit -b 64 {FOUR} {SHORT}",
+        f"{COLUMNS} -L -d -x -l -m 0 -b 64 {FOUR} {SHORT}",
         f"{LONG} --addr {{six}} --ipv6 {LONG_COLUMNS} --lport --dns",
-        f"--json -d -b 128 {SIX} --failed --latency --min-ms 0 {SHORT}",
+        f"--json {COLUMNS} -L -d -b 128 {SIX} --failed --latency --min-ms 0 {SHORT}",
         f"{LONG} --addr {{four}} --ipv4 --json --dns --buffer-pages 1024",
-        f"{COUNT} {FOUR} {SHORT}",
+        f"{COUNT} -L {FOUR} {SHORT}",
         f"{LONG} --addr {{six}} --ipv6 {LONG_COUNT}",
     ],
     "tcpaccept": [
-        f"-t -T -U -R -q --unit -b 64 {FOUR} {SHORT}",
+        f"{COLUMNS} -R -q -b 64 {FOUR} {SHORT}",
         f"{LONG} --addr {{six}} --ipv6 {LONG_COLUMNS} --rport --queue",
-        f"--json -q -b 128 {SIX} {SHORT}",
+        f"--json {COLUMNS} -R -q -b 128 {SIX} {SHORT}",
         f"{LONG} --addr {{four}} --ipv4 --json --queue --buffer-pages 1024",
-        f"{COUNT} {FOUR} {SHORT}",
+        f"{COUNT} -R {FOUR} {SHORT}",
         f"{LONG} --addr {{six}} --ipv6 {LONG_COUNT}",
     ],
 }

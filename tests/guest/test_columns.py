@@ -15,7 +15,6 @@ from conftest import (
     IPV6,
     NOBODY4,
     NOBODY6,
-    TOP,
     Worker,
     best_method,
     only_at_both_ends,
@@ -221,21 +220,3 @@ def ask_often(count):
     os.sched_setaffinity(0, {0})
     for _ in range(count):
         ask(".".join(["x" * 49] * 4))
-
-
-def test_what_names_need(tmp_path):
-    """One line names the package that is missing."""
-    (tmp_path / "cachetools.py").write_text("raise ModuleNotFoundError('gone')\n")
-    done = subprocess.run(
-        [TOP / "tcpconnect", "--dns"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        timeout=DEADLINE,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        "tcpconnect: error: -d/--dns needs cachetools: install python3-cachetools "
-        "(Arch: python-cachetools), or sudo pip install cachetools\n"
-    )

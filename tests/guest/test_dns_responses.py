@@ -136,7 +136,5 @@ def test_what_is_believed_and_seen(start, resolv_conf):
     assert (row["pid"], row["error"]) == (worker.pid, "ETIMEDOUT")
     assert row["query"] == "before.example"
     assert 0 <= row["query_age_ms"] <= age_ms
-    cut = 1 if best_method() == "fexit" else 2
-    lost = f"lost the end of {cut} DNS responses (see tcpconnect(8), Names)"
     for one in (tool, failed):
-        assert one.complaints() == [f"tcpconnect: {lost}"]
+        assert one.complaints() == []

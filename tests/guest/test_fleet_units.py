@@ -18,9 +18,8 @@ SHIPPER = "ship-tcptools"
 COMMON = "tcptools-.service.d"
 UNITS = ("tcptools-connect", "tcptools-failed", "tcptools-accept")
 PARANOID = pathlib.Path("/proc/sys/kernel/perf_event_paranoid")
-CAP_PERFMON, CAP_BPF = 38, 39
+CAP_DAC_READ_SEARCH, CAP_PERFMON, CAP_BPF = 2, 38, 39
 IMMEDIATE = 10  # failures, in the noise of mixed traffic
-# Connects again and again: a new cgroup's path is looked for once per second
 PROBE = """\
 [Service]
 ExecStart=/bin/bash -c 'while sleep 1; do true </dev/tcp/127.0.0.1/9; done'
@@ -191,7 +190,7 @@ def check_rows(connecting, failing, accepting):
 @only_on("sid")
 @pytest.mark.usefixtures("installed")
 def test_units():
-    """They trace, as nobody with two capabilities; their rows are in a journal; and a
+    """They trace, as nobody with three capabilities; their rows are in a journal; and a
     killed one comes back.
     """
     with systemd() as run:
@@ -203,12 +202,14 @@ def test_units():
             unit.wait_for_start(1)
             status = unit.status()
             for which in ("CapEff", "CapPrm", "CapBnd", "CapAmb"):
-                assert int(status[which], 16) == 1 << CAP_PERFMON | 1 << CAP_BPF
+                assert int(status[which], 16) == sum(
+                    1 << cap for cap in (CAP_DAC_READ_SEARCH, CAP_PERFMON, CAP_BPF)
+                )
             assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
             assert "0" not in status["Uid"].split()
         check_rows(*units)
 
-        # Without the right to open a cgroup by its number
+        # They may open a cgroup by its number
         run("systemctl", "start", "probe")
         path, connecting = "/system.slice/probe.service", units[0]
         until(path, lambda: path in {r.get("cgroup_path") for r in connecting.rows()})

@@ -60,7 +60,7 @@ def load(name):
 
 def option_names(tool):
     """All options in the help, each as a list of its names: -p, --pid."""
-    lines = re.findall(r"^  (-.+?)(?:  |$)", tool.HELP, re.MULTILINE)
+    lines = re.findall(r"^  (-.+?)(?:  |$)", help_of(tool), re.MULTILINE)
     return [re.findall(r"(?<!\S)--?\w[\w-]*", line) for line in lines]
 
 
@@ -70,6 +70,17 @@ def parse(tool, *arguments):
         patch.setattr(sys, "argv", [tool.NAME, *arguments])
         patch.delenv("TCPTOOLS_METHOD", raising=False)
         return tool.parse_args()
+
+
+def help_of(tool):
+    """What -h prints on a screen of 80 columns."""
+    written = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        patch.setattr(tool, "write", written.append)
+        with pytest.raises(SystemExit):
+            parse(tool, "-h")
+    return "".join(written)
 
 
 def run(name, *args, **options):

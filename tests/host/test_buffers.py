@@ -143,26 +143,6 @@ def test_buffers_that_are_opened_anew(shared, monkeypatch):
     assert buffers.read() == []
 
 
-def test_when_buffers_are_opened_anew(shared, monkeypatch):
-    """CPUs have come online, or the machine was suspended; at most once per second."""
-    clock, asleep, counters, opened = [0], [70], [0] * 5, []
-    monkeypatch.setattr(shared.time, "monotonic_ns", lambda: clock[0])
-    now = lambda _clock: clock[0] + asleep[0]
-    monkeypatch.setattr(shared.time, "clock_gettime_ns", now)
-    losses = SimpleNamespace(counters=counters)
-    buffers = [SimpleNamespace(open=lambda: opened.append(clock[0]))]
-    hotplug = shared.Hotplug(losses, buffers)
-    steps = [  # (time in ms, counted for want of a buffer, ms asleep)
-        *((0, 0, 0), (200, 1, 0), (400, 1, 0), (600, 2, 0), (1199, 2, 0)),
-        *((1200, 2, 0), (2300, 2, 99), (2500, 2, 101), (4000, 2, 101)),
-    ]
-    for ms, lost_events, asleep_ms in steps:
-        clock[0], asleep[0] = ms * 1_000_000, 70 + asleep_ms * 1_000_000
-        counters[shared.CPU_OFFLINE] = lost_events
-        hotplug.check()
-    assert [ns // 1_000_000 for ns in opened] == [200, 1200, 2500]
-
-
 def test_how_a_buffer_is_opened(shared):
     """It wakes its reader when it is a quarter full.
 
@@ -216,22 +196,18 @@ def test_the_pages_that_were_asked_for(shared, monkeypatch):
     assert lengths == [65 * mmap.PAGESIZE] * 2
 
 
-@pytest.mark.parametrize("is_root", [True, False])
-def test_buffers_that_cannot_be_opened(shared, monkeypatch, capsys, is_root):
+def test_buffers_that_cannot_be_opened(shared, monkeypatch, capfd):
     def syscall(*_):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(shared, "online_cpus", lambda: [0])
     monkeypatch.setattr(shared, "syscall", syscall)
-    monkeypatch.setattr(shared, "has_capabilities", lambda *_: is_root)
+    why = "Operation not permitted (see tcpconnect(8), DIAGNOSTICS)"
     with pytest.raises(SystemExit) as end:
         shared.Buffers(71, EVENT, PAGES, Poll())
-    hint = ": run as root, or see tcpconnect(8), REQUIREMENTS"
-    if is_root:
-        hint = ": see SELinux's audit log (ausearch -m avc) and kernel_lockdown(7)"
-    assert (end.value.code, capsys.readouterr().err) == (
+    assert (end.value.code, capfd.readouterr().err) == (
         1,
-        f"tcpconnect: error: cannot open perf buffers: Operation not permitted{hint}\n",
+        f"tcpconnect: error: cannot open perf buffers: {why}\n",
     )
 
 

@@ -97,7 +97,6 @@ def test_control(package):
         f"Version: {load('tcpconnect').VERSION}",
         "Architecture: all",
         "Depends: python3 (>= 3.9), python3-bpfcc (>= 0.18)",
-        "Recommends: python3-cachetools",
     ]
 
 
