@@ -188,6 +188,7 @@ def check_rows(connecting, failing, accepting):
 
 
 @only_on("sid")
+@pytest.mark.timeout(3 * DEADLINE)
 @pytest.mark.usefixtures("installed")
 def test_units():
     """They trace, as nobody with three capabilities; their rows are in a journal; and a
