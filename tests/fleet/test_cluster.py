@@ -6,9 +6,10 @@ import datetime
 import json
 import random
 
-import clickhouse
 import pytest
-from test_fleet import (
+
+from . import clickhouse
+from .test_servicemap import (
     BEGIN,
     EXTERNAL,
     FLEET,

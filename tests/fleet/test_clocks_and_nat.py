@@ -7,7 +7,8 @@ import re
 from collections import Counter
 
 import pytest
-from test_fleet import FLEET, answer, connect, event, run, text
+
+from .test_servicemap import FLEET, answer, connect, event, run, text
 
 SECOND = 1_000_000  # µs
 HOSTS = [f"host{n}" for n in range(10)]

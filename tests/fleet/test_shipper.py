@@ -11,10 +11,11 @@ import subprocess
 import sys
 import time
 
-import clickhouse
 import pytest
-from test_fleet import FLEET, text
-from test_server import ALL, QUERIES, ask, expected, traffic
+
+from . import clickhouse
+from .test_cluster import ALL, QUERIES, ask, expected, traffic
+from .test_servicemap import FLEET, text
 
 JOURNALD = "/lib/systemd/systemd-journald"
 DEADLINE = 300  # seconds until what does not come is held to be missing

@@ -5,27 +5,39 @@ command, and the other files there.
 import argparse
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
+import pathlib
 import pty
 import random
 import re
 import subprocess
 import sys
 from collections import Counter
+from importlib.machinery import SourceFileLoader
 
 import pytest
-from conftest import TOP, load
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-FLEET = TOP / "examples/fleet"
+FLEET = pathlib.Path(__file__).parents[2] / "examples/fleet"
 SERVICEMAP = FLEET / "servicemap"
 BEGIN = datetime.datetime(2026, 11, 24, 10, 0, 0)
 WEB1, DB2, EXTERNAL = "10.0.0.1", "10.0.0.2", "198.51.100.7"
 LONGEST_WAIT, CLOCK_DIFFERENCE = 60_000_000, 1_000_000  # µs, as schema.sql has them
 
-servicemap = load("examples/fleet/servicemap")
+
+def load(path):
+    """A script as a module."""
+    loader = SourceFileLoader(path.name, str(path))
+    spec = importlib.util.spec_from_loader(path.name, loader)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+servicemap = load(SERVICEMAP)
 servicemap.import_chdb()
 
 
