@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-from .test_servicemap import SERVICEMAP
+from .events import SERVICEMAP
 
 HOSTS = ("web1", "app2", "db3")
 HOUR = datetime.datetime(2026, 11, 25, 10, 0, 0)
