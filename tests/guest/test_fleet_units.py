@@ -100,7 +100,7 @@ def systemd():
 class Database(http.server.BaseHTTPRequestHandler):
     """In ClickHouse's place: keeps what is inserted, but refuses the first two inserts.
 
-    tests/host/test_shipper.py has ClickHouse itself.
+    tests/fleet/test_shipper.py has ClickHouse itself.
     """
 
     logins, inserts = set(), []
