@@ -43,6 +43,7 @@ def pytest_sessionstart(session):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "first: of FIRST; fails where time runs out")
     config.addinivalue_line("markers", "last: after all others")
 
 
@@ -58,6 +59,8 @@ def pytest_collection_modifyitems(items):
     def rank(item):
         is_last = item.get_closest_marker("last") is not None
         file = pathlib.Path(item.nodeid.partition("::")[0])
+        if file.stem in FIRST:
+            item.add_marker("first")
         return is_last, file.stem in LATE, file.stem not in FIRST
 
     items.sort(key=rank)
