@@ -9,11 +9,13 @@ import os
 import pathlib
 import re
 import select
+import shlex
 import signal
 import socket
 import subprocess
 import termios
 import time
+import traceback
 
 import dnslib
 import pytest
@@ -29,8 +31,8 @@ HOSTS = {  # that the DNS server knows
     "six.example.com": ("AAAA", IPV6),
     "alias.example.com": ("CNAME", "www.example.net", IPV4),
 }
-# Seconds until a tool that shows no header is held to be stuck: a guard, not a measure
-DEADLINE = 1500
+# Seconds until what a test waits for is held to be stuck: a guard, not a measure
+DEADLINE = 180
 
 
 def pytest_sessionstart(session):
@@ -46,8 +48,8 @@ def pytest_configure(config):
 
 # Time may run out (tests/run). The files that say most about a kernel come first; the
 # one that takes as long as 40 other tests comes last.
-FIRST = ("test_tools", "test_kinds", "test_outcomes", "test_trust", "test_names")
-FIRST += ("test_whose",)
+FIRST = ("test_tools", "test_kinds", "test_outcomes", "test_trust")
+FIRST += ("test_dns_responses", "test_processes", "test_blocked_before")
 LATE = ("test_bcc",)
 
 
@@ -142,15 +144,11 @@ def only_on(*releases):
 
 
 METHODS = ["fexit", "kprobe"]
-both_methods = pytest.mark.parametrize("method", METHODS)
-
-# The one that is used there: fexit, but kprobes on the newest kernel
-best_method_only = pytest.mark.parametrize("method", [best_method()])
-
 both_methods_on_oldest = pytest.mark.parametrize(
     "method", METHODS if release() == "bullseye" else [best_method()]
 )
 
+# The oldest kernel, where the best method is fexit, and the newest, where it is kprobe
 only_at_both_ends = only_on("bullseye", "sid")
 
 
@@ -167,7 +165,7 @@ class Tool:
     """
 
     def __init__(self, directory, command, pipe=None, wrapper=(), **options):
-        name, *args = command.split()
+        name, *args = shlex.split(command)
         self.out, self.err, self.pipe = directory / "out", directory / "err", pipe
         self.titles = 0 if "--json" in args else 1
         with self.out.open("wb") as out, self.err.open("wb") as err:
@@ -183,11 +181,15 @@ class Tool:
         return b"\n" in self.out.read_bytes()
 
     def wait_for_header(self):
-        deadline = time.monotonic() + DEADLINE
-        while not self.has_header():
+        def is_there():
             assert self.process.poll() is None, self.err.read_text()
-            assert time.monotonic() < deadline, "no header"
-            time.sleep(0.05)
+            return self.has_header()
+
+        until("the header", is_there)
+
+    def wait_for(self, text):
+        """Until it has printed this on stderr."""
+        until(f"{text!r} on stderr", lambda: text in self.err.read_text())
 
     def rows(self):
         """What it has printed below the header."""
@@ -226,13 +228,14 @@ def failures(commands=TOOLS, wrapper=(), **options):
     """
     processes = {
         command: subprocess.Popen(
-            [*wrapper, TOP / command.split()[0], *command.split()[1:]],
+            [*wrapper, TOP / name, *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             **options,
         )
         for command in commands
+        for name, *args in [shlex.split(command)]
     }
     said = {}
     for command, process in processes.items():
@@ -295,26 +298,39 @@ def running(directories, commands, **env):
         assert tool.complaints() == []
 
 
-def until(there_is):
-    """What there_is() gives, once it gives anything."""
+def until(what, there_is):
+    """What there_is() gives, once it gives anything. what: for whom it does not."""
     deadline = time.monotonic() + DEADLINE
     while not (found := there_is()):
-        assert time.monotonic() < deadline, "it does not come"
-        time.sleep(0.2)
+        assert time.monotonic() < deadline, f"waited {DEADLINE} s for {what}"
+        time.sleep(0.1)
     return found
+
+
+def read_byte(descriptor, what):
+    """Wait for a worker that writes a byte when it is ready."""
+    is_ready = select.select([descriptor], [], [], DEADLINE)[0]
+    assert is_ready, f"waited {DEADLINE} s for {what}"
+    os.read(descriptor, 1)
 
 
 def rows_until(tool, begin, marker):
     """The rows of a running tool from number `begin` on, up to a row of the process
     `marker`, which must come.
     """
-    deadline = time.monotonic() + DEADLINE
-    rows = tool.rows()
-    while not rows or not rows[-1].startswith(f"{marker:<7} "):
-        assert time.monotonic() < deadline, "the marker does not show"
-        time.sleep(0.05)
+
+    def rows_if_marked():
         rows = tool.rows()
-    return rows[begin:-1]
+        return rows if rows and rows[-1].startswith(f"{marker:<7} ") else None
+
+    return until("the marker's row", rows_if_marked)[begin:-1]
+
+
+def first_line(process, what):
+    """Of what a process prints into a pipe."""
+    is_ready = select.select([process.stdout], [], [], DEADLINE)[0]
+    assert is_ready, f"waited {DEADLINE} s for {what}"
+    return process.stdout.readline()
 
 
 @contextlib.contextmanager
@@ -360,23 +376,36 @@ class Worker:
         reader, writer = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            status = 1
-            try:
-                os.close(reader)
-                pathlib.Path("/proc/self/comm").write_bytes(comm)
-                os.write(writer, json.dumps(function(*args)).encode())
-                status = 0
-            finally:
-                os._exit(status)
+            os.close(reader)
+            run_worker(comm, writer, function, *args)
         os.close(writer)
         self.pipe = reader
 
-    def report(self):
+    def report(self, seconds=DEADLINE):
+        """One that takes longer fails, and the message shows what it waits for."""
+        if not select.select([self.pipe], [], [], seconds)[0]:
+            os.kill(self.pid, signal.SIGALRM)
         with open(self.pipe) as pipe:
             text = pipe.read()
         _, status = os.waitpid(self.pid, 0)
-        assert status == 0, "the worker failed"
+        assert status == 0, f"the worker failed: {text}"
         return json.loads(text)
+
+
+def run_worker(comm, writer, function, *args):
+    """Run a worker's function, write what it returns or its traceback, and exit."""
+    text, status = "", 1
+    try:
+        signal.signal(signal.SIGALRM, give_up)
+        pathlib.Path("/proc/self/comm").write_bytes(comm)
+        text, status = json.dumps(function(*args)), 0
+    finally:
+        os.write(writer, (text or traceback.format_exc()).encode())
+        os._exit(status)
+
+
+def give_up(*_):
+    raise AssertionError("the worker takes too long")
 
 
 def own_comm():

@@ -1,11 +1,13 @@
-"""One io_uring request at a time, by system calls: there is no io_uring in Python, nor
-liburing in the guests.
+"""Connect and accept by io_uring, one request at a time, by system calls: there is no
+io_uring in Python, nor liburing in the guests.
 """
 
 import ctypes
 import mmap
 import socket
 import struct
+
+from conftest import IPV4
 
 # Numbers of x86-64, and linux/io_uring.h.
 SYS_IO_URING_SETUP, SYS_IO_URING_ENTER = 425, 426
@@ -63,3 +65,22 @@ class Ring:
         _, result, _ = struct.unpack_from("=QiI", self.rings, cqe)
         struct.pack_into("=I", self.rings, self.cq_head, head + 1)
         return result
+
+
+def connect_by_io_uring(ports):
+    """Connect to each port, and be greeted where that works; their results."""
+    ring, results = Ring(), []
+    for port in ports:
+        with socket.socket() as client:
+            address = sockaddr_in(IPV4, port)
+            results.append(ring.run(IORING_OP_CONNECT, client.fileno(), address))
+            if results[-1] == 0:
+                client.recv(1)
+    return results
+
+
+def accept_by_io_uring(server, count):
+    ring = Ring()
+    for _ in range(count):
+        with socket.socket(fileno=ring.run(IORING_OP_ACCEPT, server.fileno())) as peer:
+            peer.send(b".")

@@ -5,8 +5,6 @@ them run, each with several options, where they are installed: on bookworm, and 
 releases by tests/run --bcc.
 """
 
-import contextlib
-import ctypes
 import os
 import re
 import shutil
@@ -14,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import (
@@ -28,12 +25,12 @@ from conftest import (
     headers,
     hide,
     show,
+    until,
 )
+from test_cgroup_filters import make_map
 from test_columns import without_age
-from test_filters import make_map
-from test_kinds import CLONE_NEWNS
 from test_options import NOBODY, Traffic
-from traffic import listener, serve
+from traffic import leave_mount_namespace, listener, serve
 
 THEIRS = {name: shutil.which(f"{name}-bpfcc") for name in TOOLS}
 KERNEL = tuple(int(number) for number in os.uname().release.split(".")[:2])
@@ -79,6 +76,7 @@ ACCEPT_IS_BLIND = KERNEL in {(5, 10), (6, 12)}  # it mistakes where sk_protocol 
 NAMES_DO_NOT_COMPILE = KERNEL == (6, 12)  # bcc 0.31
 NO_NAMES_ARE_FOUND = KERNEL > (6, 12)  # bcc 0.37
 
+NAME, VISITS = "six.example.com", 3
 PORT_AND_LOCAL = {"tcpconnect": ("DPORT", "SADDR"), "tcpaccept": ("LPORT", "LADDR")}
 RENAMED = {"LADDR": "SADDR", "RADDR": "DADDR", "RPORT": "DPORT"}  # with -c
 
@@ -133,13 +131,12 @@ def start_theirs(tmp_path, headers_shown):
     running = []
 
     def start(commands):
-        for name, line in commands:
+        for name, line in commands:  # one after the other, since it takes long
             out = tmp_path / f"theirs{len(running)}"
             command = [sys.executable, "-u", THEIRS[name], *line.split()]
             with out.open("wb") as file:
                 running.append((subprocess.Popen(command, stdout=file), out))
-        for process, out in running:
-            wait_until(out.read_bytes, process)
+            wait_until("bcc's header", out.read_bytes, running[-1][0])
         return running
 
     yield start
@@ -148,13 +145,12 @@ def start_theirs(tmp_path, headers_shown):
         process.wait()
 
 
-def wait_until(is_so, process, seconds=DEADLINE):
-    """A guard, not a measure."""
-    deadline = time.monotonic() + seconds
-    while not is_so():
+def wait_until(what, is_so, process):
+    def is_so_while_it_runs():
         assert process.poll() is None, "bcc's tool has exited"
-        assert time.monotonic() < deadline, "bcc's tool does not get there"
-        time.sleep(0.1)
+        return is_so()
+
+    until(what, is_so_while_it_runs)
 
 
 def table(text):
@@ -191,21 +187,40 @@ def total(rows):
 
 
 def visit(go, port):
-    """Once signalled, look up a name and connect to its address, as nobody.
+    """Look up a name and connect to its address, as nobody; again when signalled.
 
     This process is neither in -p nor in a map.
     """
-    os.read(go, 1)
     os.setresuid(NOBODY, NOBODY, NOBODY)
-    info = socket.getaddrinfo("six.example.com", port, socket.AF_INET6)
-    with socket.create_connection(info[0][4][:2]) as client:
-        client.recv(1)
+    info = socket.getaddrinfo(NAME, port, socket.AF_INET6)
+    for _ in range(VISITS):
+        with socket.create_connection(info[0][4][:2]) as client:
+            client.recv(1)
+        os.read(go, 1)
 
 
 def elsewhere(function, *args):
     """function(*args) in another mount namespace."""
-    assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
+    leave_mount_namespace()
     return function(*args)
+
+
+def meet(port, process, out):
+    """Have a visitor come, whose rows bcc's tool prints one after the other.
+
+    It reads a response before, with or after the row of a first connect, and with or
+    before that of the second one.
+    """
+    reader, go = os.pipe()
+    visitor = Worker(b"client", visit, reader, port)
+
+    def rows():
+        return [row for row in table(out.read_text()) if row["PID"] == f"{visitor.pid}"]
+
+    for number in range(1, VISITS + 1):
+        wait_until("a visitor's row", lambda n=number: len(rows()) == n, process)
+        os.write(go, b".")
+    visitor.report()
 
 
 def expected(name, options):
@@ -213,11 +228,11 @@ def expected(name, options):
     that are) a line's options let through.
 
     Nobody's client makes 2 over IPv4, 5 over IPv6 and 3 IPv4-mapped to the server; with
-    -u, a visitor one over IPv6.
+    -u, a visitor VISITS over IPv6.
     """
     both = 0 if "-6" in options else 2
     both += 0 if {"-4", "-P"} & options else 5
-    both += 1 if "-u" in options and "-4" not in options else 0
+    both += VISITS if "-u" in options and "-4" not in options else 0
     hidden = name == "tcpaccept" and "-4" in options
     return both, 0 if hidden else 3, 0 if "-6" in options else 3
 
@@ -226,19 +241,29 @@ def is_blind(name):
     return name == "tcpaccept" and ACCEPT_IS_BLIND
 
 
+def has_rows(out, count):
+    return count == 0 or total(table(out.read_text())) >= count
+
+
 def stop(process, out, count):
-    """What bcc's tool prints, after it has printed so many rows; fewer, if it does not
-    get there.
-    """
-
-    def has_them():
-        return count == 0 or total(table(out.read_text())) >= count
-
-    with contextlib.suppress(AssertionError):
-        wait_until(has_them, process, seconds=60)
+    """What bcc's tool prints, after it has printed so many rows."""
+    wait_until(f"{count} rows of bcc's", lambda: has_rows(out, count), process)
     process.send_signal(signal.SIGINT)
     process.wait(DEADLINE)
     return out.read_text()
+
+
+def compare_names(theirs, ours):
+    """Each of the visitor's connects has its name in ours, and no other. In theirs the
+    last has it, which alone keeps QUERY then: see meet().
+    """
+    visits = [row for row in ours if row["QUERY"] == NAME]
+    assert len(visits) == VISITS
+    visited = [row for row in theirs if row["PID"] == visits[0]["PID"]]
+    known = [row["QUERY"] for row in visited]
+    assert set(known) == {"-"} if NO_NAMES_ARE_FOUND else known[-1] == NAME
+    for row in visits + visited if NO_NAMES_ARE_FOUND else visits[:-1] + visited[:-1]:
+        del row["QUERY"]
 
 
 def compare(name, options, ours, theirs, mapped_port):
@@ -260,13 +285,7 @@ def compare(name, options, ours, theirs, mapped_port):
         assert total(plain[1]) == expected(name, options)[0]
         return
     if "-d" in options:
-        names = sorted(row["QUERY"] for row in plain[1])
-        assert names == ["-"] * (len(names) - 1) + ["six.example.com"]  # the visitor's
-        has_none = {row["QUERY"] for row in plain[0]} == {"-"}
-        assert has_none or not NO_NAMES_ARE_FOUND
-        if has_none:  # or theirs read the response after the connect that followed it
-            for row in plain[0] + plain[1]:
-                del row["QUERY"]
+        compare_names(*plain)
     assert in_order(plain[0]) == in_order(plain[1])
     counts = (total(plain[0]), *map(total, mapped))
     assert counts == expected(name, options), why["mapped"]
@@ -281,7 +300,7 @@ def test_side_by_side(start, start_theirs, cgroups, bpffs, names):
     traffic = Traffic()
     (_, _, root_ports), (client, server, ports) = traffic.workers.values()
     guests = listener(socket.AF_INET6, IPV6)
-    host = Worker(b"server", elsewhere, serve, [guests], 2)
+    host = Worker(b"server", elsewhere, serve, [guests], 2 * VISITS)
     cgroup = cgroups / "app.service"
     cgroup.mkdir()
     for worker in (client, server, host):
@@ -307,16 +326,15 @@ def test_side_by_side(start, start_theirs, cgroups, bpffs, names):
         TCPTOOLS_METHOD=best_method(),
     )
     traffic.go()
-    for wrapper in ([], [elsewhere]):
-        reader, go = os.pipe()
-        guest = Worker(b"client", *wrapper, visit, reader, guests.getsockname()[1])
-        os.write(go, b".")
-        guest.report()
+    reader, go = os.pipe()
+    os.write(go, bytes(VISITS))
+    port = guests.getsockname()[1]
+    Worker(b"client", elsewhere, visit, reader, port).report()
+    meet(port, *theirs[[("-u" in options) for _, options, *_ in commands].index(True)])
     host.report()
     for (name, options, *_), (process, out), tool in zip(commands, theirs, ours):
         tool.end()
         assert tool.complaints() == []
-        text = stop(
-            process, out, 0 if "-c" in options else sum(expected(name, options)[:2])
-        )
+        has_none = "-c" in options or is_blind(name)
+        text = stop(process, out, 0 if has_none else sum(expected(name, options)[:2]))
         compare(name, options, tool.out.read_text(), text, str(ports[2]))

@@ -16,10 +16,12 @@ from conftest import (
     TOP,
     Worker,
     best_method,
-    both_methods_on_oldest,
     failures,
+    first_line,
+    only_at_both_ends,
     only_on,
     probed_functions,
+    until,
 )
 from test_trust import left_behind, loaded
 from traffic import connect_refused
@@ -27,7 +29,7 @@ from traffic import connect_refused
 MB = 1 << 20
 on_trixie = only_on("trixie")  # for this is not about the kernel
 OPTIONS = {
-    "tcpconnect": ["-c", "--json", "-d -x -T -t -U -L"],
+    "tcpconnect": ["-c", "-d -x -T -t -U -L"],
     "tcpaccept": ["-q --json"],
 }
 
@@ -45,11 +47,11 @@ def resident_bytes(pid):
     return own + sum(map(resident_bytes, children(pid)))
 
 
-@both_methods_on_oldest
-def test_memory(start, method):
+@only_at_both_ends
+def test_memory(start):
     """Before the first event: 25 MB, and 30 with -d."""
     commands = [f"{name} {given}" for name in TOOLS for given in OPTIONS[name]]
-    tools = start(*commands, TCPTOOLS_METHOD=method)
+    tools = start(*commands, TCPTOOLS_METHOD=best_method())
     taken = {
         command: resident_bytes(tool.process.pid)
         for command, tool in zip(commands, tools)
@@ -79,10 +81,8 @@ def compiling(tmp_path):
     def start(name):
         process = piped(name, tmp_path)
         started.append(process)
-        while not children(process.pid):
-            assert process.poll() is None
-            time.sleep(0.01)
-        return process, children(process.pid)[0]
+        (child,) = until("the child that compiles", lambda: children(process.pid))
+        return process, child
 
     yield start
     for process in started:
@@ -162,7 +162,7 @@ def test_little_memory(tmp_path, megabytes):
     for name in TOOLS:
         limit = limited(resource.RLIMIT_AS, megabytes * MB)
         process = piped(name, tmp_path, preexec_fn=limit)
-        if process.stdout.readline():
+        if first_line(process, "a header or the end"):
             process.terminate()
             assert process.wait(DEADLINE) == 0
             continue

@@ -1,5 +1,6 @@
 """-c, -q, -d: tables of counts, the accept queue, and the names that were looked up."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,31 +9,25 @@ import socket
 import subprocess
 
 import dnslib
-import pytest
 from conftest import (
+    DEADLINE,
     IPV4,
     IPV6,
     NOBODY4,
     NOBODY6,
     Worker,
     best_method,
-    best_method_only,
     only_at_both_ends,
     row,
+    until,
 )
 from test_options import Traffic
-from traffic import (
-    accept_in_threads,
-    connect_nonblocking,
-    listener,
-    waiting,
-)
+from traffic import connect_nonblocking, listener, waiting
 
 pytestmark = only_at_both_ends
 
 
-@best_method_only
-def test_counts(start, method):
+def test_counts(start):
     """Two users' connections, IPv4 in an IPv6 socket as IPv4; sorted, and only what the
     filters let through.
     """
@@ -43,7 +38,7 @@ def test_counts(start, method):
         "tcpaccept --count",
         "tcpconnect -c -4 -u nobody",
         f"tcpaccept -c -6 -P {ports[0][1]}",
-        TCPTOOLS_METHOD=method,
+        TCPTOOLS_METHOD=best_method(),
     )
     traffic.go()
     (a4, a6, amapped), (b4, b6, bmapped) = ports
@@ -92,64 +87,42 @@ def accept_later(server, go, count):
         server.accept()[0].close()
 
 
-@best_method_only
-@pytest.mark.parametrize(
-    ("family", "address", "ip"),
-    [(socket.AF_INET, IPV4, 4), (socket.AF_INET6, IPV6, 6)],
-    ids=["IPv4", "IPv6"],
-)
-def test_queue(start, method, family, address, ip):
+def fill_and_accept(family, address, backlog, count):
+    """A server that accepts so many connections once all wait; (its PID, its port)."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(listener(family, address, backlog))
+        reader, writer = os.pipe()
+        worker = Worker(b"server", accept_later, server, reader, count)
+        for _ in range(count):
+            stack.enter_context(socket.create_connection(server.getsockname()[:2]))
+        until(f"{count} waiting connections", lambda: waiting(server) == count)
+        os.write(writer, b".")
+        worker.report()
+        return worker.pid, server.getsockname()[1]
+
+
+def test_queue(start):
     """What waits still at that accept, and how many may: of a queue of 4, filled by 5,
     and of one that is not full.
     """
-    table, lines = start("tcpaccept -q", "tcpaccept -q --json", TCPTOOLS_METHOD=method)
+    table, lines = start(
+        "tcpaccept -q", "tcpaccept -q --json", TCPTOOLS_METHOD=best_method()
+    )
     rows, queues = [], []
-    for backlog, count in ((4, 5), (17, 3)):
-        server = listener(family, address, backlog)
-        port = server.getsockname()[1]
-        reader, writer = os.pipe()
-        worker = Worker(b"server", accept_later, server, reader, count)
-        clients = [
-            socket.create_connection(server.getsockname()[:2]) for _ in range(count)
-        ]
-        while waiting(server) < count:
-            os.sched_yield()
-        os.write(writer, b".")
-        worker.report()
-        for client in (*clients, server):
-            client.close()
+    for family, address, ip, backlog, count in (
+        (socket.AF_INET, IPV4, 4, 4, 5),
+        (socket.AF_INET, IPV4, 4, 17, 3),
+        (socket.AF_INET6, IPV6, 6, 4, 5),
+        (socket.AF_INET6, IPV6, 6, 17, 3),
+    ):
+        pid, port = fill_and_accept(family, address, backlog, count)
         for left in reversed(range(count)):
             queue = f"{port:<5} {left:<5} {backlog}"
-            rows.append(row(worker.pid, "server", ip, address, address, queue))
+            rows.append(row(pid, "server", ip, address, address, queue))
             queues.append((left, backlog))
     assert table.stop() == rows
     known = [json.loads(line) for line in lines.stop()]
     assert [(line["qlen"], line["qmax"]) for line in known] == queues
-
-
-@best_method_only
-def test_queue_of_threads_that_waited_before(start, method):
-    """Which socket they wait at is not known, so neither is its queue, but what they
-    accept is shown.
-    """
-    server = listener(socket.AF_INET, IPV4)
-    port = server.getsockname()[1]
-    ready, tell = os.pipe()
-    worker = Worker(b"blocked", accept_in_threads, server, 5, tell)
-    os.read(ready, 1)
-    table, lines = start("tcpaccept -q", "tcpaccept -q --json", TCPTOOLS_METHOD=method)
-    client = Worker(b"client", connect_nothing, port, 5)
-    client.report()
-    worker.report()
-    unknown = f"{port:<5} -     -"
-    assert table.stop() == [row(worker.pid, "blocked", 4, IPV4, IPV4, unknown)] * 5
-    known = [json.loads(line) for line in lines.stop()]
-    assert [("qlen" in line, line["dport"]) for line in known] == [(False, port)] * 5
-
-
-def connect_nothing(port, count):
-    for _ in range(count):
-        socket.create_connection((IPV4, port)).close()
 
 
 def ask(name, kind="A", server="127.0.0.1"):
@@ -169,15 +142,14 @@ def ask_and_connect(questions, address, port):
         client.recv(1)
 
 
-@best_method_only
-def test_names(start, names, method):
+def test_names(start, names):
     """What the process itself asked for, else what any did; over IPv4 and IPv6; the
-    name asked for, not its alias.
+    name asked for, not its alias; by the C library's resolver.
     """
     servers = [listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)]
     port4, port6 = (server.getsockname()[1] for server in servers)
     table, lines = start(
-        "tcpconnect -d", "tcpconnect -d --json", TCPTOOLS_METHOD=method
+        "tcpconnect -d", "tcpconnect -d --json", TCPTOOLS_METHOD=best_method()
     )
     www, six = ["www.example.com"], ["six.example.com", "AAAA"]
     alias = ["alias.example.com", "A", "::1"]
@@ -193,12 +165,15 @@ def test_names(start, names, method):
     found = []
     for questions, address, port, name in cases:
         server = servers[0] if address == IPV4 else servers[1]
+        server.settimeout(DEADLINE)
         worker = Worker(b"client", ask_and_connect, questions, address, port)
         with server.accept()[0] as connection:
             connection.send(b".")
         worker.report()
         ip = 4 if address == IPV4 else 6
         found.append((row(worker.pid, "client", ip, address, address, ""), port, name))
+    pid = visit_with_curl(servers[0])
+    found.append((row(pid, "curl", 4, IPV4, IPV4, ""), port4, "www.example.com"))
     shown = table.stop()
     assert [without_age(line) for line in shown] == [
         f"{front}{port:<5} {name or '-'}" for front, port, name in found
@@ -218,22 +193,14 @@ def without_age(text):
     return text.partition(" (")[0]
 
 
-def test_names_of_a_real_resolver(start, names):
-    """curl, by the C library's resolver."""
-    server = listener(socket.AF_INET, IPV4)
-    port = server.getsockname()[1]
-    (table,) = start("tcpconnect -d", TCPTOOLS_METHOD=best_method())
-    curl = subprocess.Popen(
-        ["curl", "-s", "-4", f"http://www.example.com:{port}/"],
-        stdout=subprocess.DEVNULL,
-    )
+def visit_with_curl(server):
+    """Its PID. It looks names up by the C library's resolver."""
+    url = f"http://www.example.com:{server.getsockname()[1]}/"
+    curl = subprocess.Popen(["curl", "-s", "-4", url], stdout=subprocess.DEVNULL)
     with server.accept()[0] as connection:
         connection.recv(4096)
-    curl.wait()
-    (line,) = table.stop()
-    assert without_age(line) == row(
-        curl.pid, "curl", 4, IPV4, IPV4, f"{port:<5} www.example.com"
-    )
+    curl.wait(DEADLINE)
+    return curl.pid
 
 
 def test_more_responses_than_the_buffer_holds(start, names):

@@ -16,21 +16,37 @@ import sys
 import time
 
 import pytest
-from conftest import DEADLINE, IPV4, IPV6, TOOLS, Worker, row, rows_until, running
-from io_uring import IORING_OP_ACCEPT, IORING_OP_CONNECT, Ring, sockaddr_in
+from conftest import (
+    DEADLINE,
+    IPV4,
+    IPV6,
+    METHODS,
+    TOOLS,
+    Worker,
+    first_line,
+    own_comm,
+    read_byte,
+    row,
+    rows_until,
+    running,
+    until,
+)
+from io_uring import accept_by_io_uring, connect_by_io_uring
 from traffic import (
+    CLONE_NEWNS,
     accept_in_threads,
     connect_and_reset,
     connect_often,
     connect_refused,
+    connect_to_itself,
     listener,
+    run_fast_opens,
     serve,
 )
 
-METHODS = ("fexit", "kprobe")
-CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWNET = 0x00020000, 0x20000000, 0x40000000
-TCP_FASTOPEN, TCP_FASTOPEN_CONNECT, MSG_FASTOPEN = 23, 30, 0x20000000
+CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 IPPROTO_MPTCP, SOL_MPTCP, MPTCP_INFO = 262, 284, 1
+JOIN_SECONDS = 5  # within which subflows come, unless an MP_JOIN failed
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +73,6 @@ def expect(tools):
             assert (name, method, new) == (name, method, wanted)
 
     return expect_rows
-
-
-def connect_to_itself(count):
-    """Connect and accept, one after the other; the port."""
-    with listener(socket.AF_INET, "127.0.0.1") as server:
-        port = server.getsockname()[1]
-        for _ in range(count):
-            with socket.create_connection(("127.0.0.1", port)):
-                server.accept()[0].close()
-    return port
 
 
 def run_container():
@@ -124,14 +130,14 @@ def test_refused_later_is_a_row(expect):
 
 def test_reset_before_accept_keeps_its_port(expect):
     server = listener(socket.AF_INET, IPV4)
+    server.settimeout(DEADLINE)
     port = server.getsockname()[1]
     for _ in range(7):
         connect_and_reset((IPV4, port))
     for _ in range(7):
         with contextlib.suppress(OSError):
             server.accept()[0].close()
-    comm = pathlib.Path("/proc/self/comm").read_text().rstrip("\n")
-    lines = [row(os.getpid(), comm, 4, IPV4, IPV4, port)] * 7
+    lines = [row(os.getpid(), own_comm(), 4, IPV4, IPV4, port)] * 7
     expect(lines, lines)
 
 
@@ -141,7 +147,7 @@ def test_many_threads_blocked_in_accept(expect):
     port = server.getsockname()[1]
     ready, tell = os.pipe()
     worker = Worker(b"blocked", accept_in_threads, server, 211, tell)
-    os.read(ready, 1)
+    read_byte(ready, "211 threads blocked in accept()")
     client = Worker(b"client", connect_often, IPV4, port, 211)
     client.report()
     assert len(worker.report()) == 211
@@ -159,7 +165,8 @@ def test_real_programs(expect):
         text=True,
         cwd="/mnt",
     )
-    port = int(server.stdout.readline().split(" port ")[1].split()[0])
+    line = first_line(server, "a web server")
+    port = int(line.split(" port ")[1].split()[0])
     comm = pathlib.Path(f"/proc/{server.pid}/comm").read_text().rstrip("\n")
     pids = []
     for _ in range(3):
@@ -185,8 +192,8 @@ def connect_strangely(port, port6):
     with socket.socket() as client:  # non-blocking, asked again for the outcome
         client.setblocking(False)
         assert client.connect_ex((IPV4, port)) == errno.EINPROGRESS
-        while client.connect_ex((IPV4, port)) not in (0, errno.EISCONN):
-            time.sleep(0.01)
+        connected = (0, errno.EISCONN)
+        until("EISCONN", lambda: client.connect_ex((IPV4, port)) in connected)
         client.setblocking(True)
         client.recv(1)
     with socket.socket() as client:  # disconnected (AF_UNSPEC) and connected anew: two
@@ -217,74 +224,52 @@ def test_strange_connects(expect):
     )
 
 
-def expect_five(expect, client, server, port):
-    """Five connections between two workers."""
-    client.report()
-    server.report()
+def take_turns(cpu, family, address, port, count, my_turn, your_turn):
+    """Connect `count` times from one CPU, in turns with another process."""
+    os.sched_setaffinity(0, {cpu})
+    for _ in range(count):
+        os.read(my_turn, 1)
+        with socket.socket(family) as client:
+            client.connect((address, port))
+        os.write(your_turn, b".")
+
+
+def test_order_across_cpus_and_families(expect):
+    servers = [listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)]
+    port, port6 = (server.getsockname()[1] for server in servers)
+    (a, to_a), (b, to_b) = os.pipe(), os.pipe()
+    workers = [
+        Worker(b"a", take_turns, 0, socket.AF_INET, IPV4, port, 101, a, to_b),
+        Worker(b"b", take_turns, 1, socket.AF_INET6, IPV6, port6, 101, b, to_a),
+    ]
+    os.write(to_a, b".")
+    for worker in workers:
+        worker.report()
+    one, other = (worker.pid for worker in workers)
+    rows = [row(one, "a", 4, IPV4, IPV4, port), row(other, "b", 6, IPV6, IPV6, port6)]
+    expect(rows * 101, [])
+
+
+def expect_between(expect, client, server, port, count):
+    """So many connections between two workers, which have reported."""
     expect(
-        [row(client.pid, "client", 4, IPV4, IPV4, port)] * 5,
-        [row(server.pid, "server", 4, IPV4, IPV4, port)] * 5,
+        [row(client.pid, "client", 4, IPV4, IPV4, port)] * count,
+        [row(server.pid, "server", 4, IPV4, IPV4, port)] * count,
     )
 
 
-def connect_fast_open(port, count):
-    """TCP Fast Open, by connect() and by sendto(); each sends immediately and is
-    greeted.
-    """
-    for i in range(count):
-        with socket.socket() as client:
-            if i % 2:
-                client.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
-                client.connect((IPV4, port))
-                client.send(b"data")
-            else:
-                assert client.sendto(b"data", MSG_FASTOPEN, (IPV4, port)) == 4
-            client.recv(1)
-
-
-def accept_fast_open(server, count):
-    for _ in range(count):
-        with server.accept()[0] as peer:
-            assert peer.recv(4) == b"data"
-            peer.send(b".")
-
-
 def test_fast_open(expect):
-    """The first connection asks for a cookie, the others carry data in their SYN."""
-    pathlib.Path("/proc/sys/net/ipv4/tcp_fastopen").write_text("3")
-    server = listener(socket.AF_INET, IPV4)
-    server.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN, 16)
-    port = server.getsockname()[1]
-    acceptor = Worker(b"server", accept_fast_open, server, 5)
-    client = Worker(b"client", connect_fast_open, port, 5)
-    expect_five(expect, client, acceptor, port)
-    stats = pathlib.Path("/proc/net/netstat").read_text().splitlines()
-    names, values = (line.split() for line in stats[:2])
-    assert int(values[names.index("TCPFastOpenActive")]) > 0
-
-
-def connect_by_io_uring(port, count):
-    ring = Ring()
-    for _ in range(count):
-        with socket.socket() as client:
-            address = sockaddr_in(IPV4, port)
-            assert ring.run(IORING_OP_CONNECT, client.fileno(), address) == 0
-            client.recv(1)
-
-
-def accept_by_io_uring(server, count):
-    ring = Ring()
-    for _ in range(count):
-        with socket.socket(fileno=ring.run(IORING_OP_ACCEPT, server.fileno())) as peer:
-            peer.send(b".")
+    expect_between(expect, *run_fast_opens(5), 5)
 
 
 def test_io_uring(expect):
     server = listener(socket.AF_INET, IPV4)
     port = server.getsockname()[1]
     acceptor = Worker(b"server", accept_by_io_uring, server, 5)
-    client = Worker(b"client", connect_by_io_uring, port, 5)
-    expect_five(expect, client, acceptor, port)
+    client = Worker(b"client", connect_by_io_uring, [port] * 5)
+    client.report()
+    acceptor.report()
+    expect_between(expect, client, acceptor, port, 5)
 
 
 def connect_mptcp(port, count):
@@ -311,24 +296,43 @@ def test_multipath_tcp(expect, mptcp_server):
     port = mptcp_server.getsockname()[1]
     acceptor = Worker(b"server", serve, [mptcp_server], 5)
     client = Worker(b"client", connect_mptcp, port, 5)
-    expect_five(expect, client, acceptor, port)
+    client.report()
+    acceptor.report()
+    expect_between(expect, client, acceptor, port, 5)
 
 
 def connect_with_subflows(port, subflows, count):
-    """Connect, and wait for so many more subflows."""
-    for _ in range(count):
+    """Connect until `count` connections have so many more subflows; how many had to be
+    made: one whose MP_JOIN failed does not try that again. The last one says so.
+    """
+    made = 0
+    while count:
         with socket.socket(proto=IPPROTO_MPTCP) as client:
             client.connect((IPV4, port))
             client.recv(1)
-            while client.getsockopt(SOL_MPTCP, MPTCP_INFO, 1)[0] < subflows:
-                time.sleep(0.01)
+            made += 1
+            count -= gains(client, subflows)
+            client.send(b"." if count else b"!")
+    return made
 
 
-def accept_until_closed(server, count):
-    for _ in range(count):
+def gains(client, subflows):
+    """Whether a connection has so many more subflows within some seconds."""
+    deadline = time.monotonic() + JOIN_SECONDS
+    while time.monotonic() < deadline:
+        if client.getsockopt(SOL_MPTCP, MPTCP_INFO, 1)[0] == subflows:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def accept_until_the_last(server):
+    told = b"."
+    while told == b".":
         with server.accept()[0] as peer:
             peer.send(b".")
-            assert peer.recv(1) == b""
+            told = peer.recv(1)
+    assert told == b"!"
 
 
 @pytest.fixture
@@ -353,6 +357,8 @@ def test_multipath_tcp_with_three_subflows(expect, mptcp_server, request):
     """The two that the kernel adds are no rows."""
     endpoints = request.getfixturevalue("endpoints")  # where there is Multipath TCP
     port = mptcp_server.getsockname()[1]
-    acceptor = Worker(b"server", accept_until_closed, mptcp_server, 5)
+    acceptor = Worker(b"server", accept_until_the_last, mptcp_server)
     client = Worker(b"client", connect_with_subflows, port, len(endpoints), 5)
-    expect_five(expect, client, acceptor, port)
+    made = client.report()
+    acceptor.report()
+    expect_between(expect, client, acceptor, port, made)

@@ -7,7 +7,6 @@ import ctypes
 import errno
 import itertools
 import os
-import pathlib
 import resource
 import select
 import signal
@@ -26,12 +25,13 @@ from conftest import (
     Worker,
     best_method,
     only_on,
+    read_byte,
     row,
     rows_until,
     running,
+    until,
 )
-from io_uring import IORING_OP_CONNECT, Ring, sockaddr_in
-from test_kinds import accept_fast_open
+from io_uring import accept_by_io_uring, connect_by_io_uring
 from traffic import (
     LINGER_0,
     MAPPED,
@@ -40,6 +40,7 @@ from traffic import (
     connect_refused,
     listener,
     listeners,
+    run_fast_opens,
     serve,
 )
 
@@ -47,7 +48,7 @@ BEHIND_ROUTER = "198.51.100.7"  # a router answers that it cannot be reached
 ROUTER, DELAY_MS = "198.18.0.2", 70
 REJECTED4, REJECTED6 = "192.0.2.66", "2001:db8::66"
 NO_ROUTE4, NO_ROUTE6 = "203.0.113.1", "2001:db8:ffff::1"
-TCP_SYNCNT, TCP_FASTOPEN_CONNECT = 7, 30
+TCP_SYNCNT = 7
 IPV6_RECVERR = 25
 TCP_CLOSE = 7  # a state
 
@@ -126,10 +127,13 @@ def connect(family, address, port, blocking):
         return outcome(client)
 
 
+def state_of(client):
+    return client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+
+
 def outcome(client):
     """The errno of a non-blocking connect that fails."""
-    while client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_CLOSE:
-        select.select([], [client], [], 0.01)
+    until("the end of a connect", lambda: state_of(client) == TCP_CLOSE)
     return client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
 
@@ -197,7 +201,7 @@ def reported_while_it_goes_on(address):
             poller.poll()
             # A socket that is closed reports its error first
             select.select([], [], [], 0.1)
-            state = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+            state = state_of(client)
             error = client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             assert error == errno.ECONNREFUSED
         if state != TCP_CLOSE:
@@ -344,7 +348,7 @@ def test_given_up_by_the_programs_clock(expect):
 def test_killed(expect):
     reader, ready = os.pipe()
     worker = Worker(b"client", wait_to_be_killed, NOBODY4, ready)
-    os.read(reader, 1)
+    read_byte(reader, "a connect that waits")
     os.kill(worker.pid, signal.SIGKILL)
     os.waitpid(worker.pid, 0)
     expect([ended_row(worker, 4, IPV4, NOBODY4, 80, "closed")])
@@ -440,21 +444,13 @@ def test_simultaneous_open(expect):
     expect([ended_row(worker, 4, IPV4, IPV4, worker.report(), "-")])
 
 
-def connect_by_io_uring(ports):
-    ring = Ring()
-    results = []
-    for port in ports:
-        with socket.socket() as client:
-            address = sockaddr_in(IPV4, port)
-            results.append(ring.run(IORING_OP_CONNECT, client.fileno(), address))
-    return results
-
-
 def test_io_uring(expect):
     server = listener(socket.AF_INET, IPV4)
     port, closed = server.getsockname()[1], closed_port(IPV4)
+    acceptor = Worker(b"server", accept_by_io_uring, server, 2)
     worker = Worker(b"client", connect_by_io_uring, [port, closed, port])
     assert worker.report() == [0, -errno.ECONNREFUSED, 0]
+    acceptor.report()
     rows = [
         ended_row(worker, 4, IPV4, IPV4, to, error)
         for to, error in ((port, "-"), (closed, "ECONNREFUSED"), (port, "-"))
@@ -462,35 +458,9 @@ def test_io_uring(expect):
     expect(rows)
 
 
-def connect_with_data(address):
-    """TCP Fast Open: with one call; with a connect() that waits for the data, from the
-    second on, once the server's cookie is known; the data are there.
-    """
-    for _ in range(2):
-        with socket.socket() as client:
-            client.sendto(b"data", socket.MSG_FASTOPEN, tuple(address))
-            client.recv(1)
-    for _ in range(2):
-        with socket.socket() as client:
-            client.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
-            client.connect(tuple(address))
-            client.sendall(b"data")
-            client.recv(1)
-
-
 def test_fast_open(expect):
-    server = listener(socket.AF_INET, IPV4)
-    server.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 5)
-    switch = pathlib.Path("/proc/sys/net/ipv4/tcp_fastopen")
-    before = switch.read_text()
-    switch.write_text("3")
-    acceptor = Worker(b"server", accept_fast_open, server, 4)
-    worker = Worker(b"client", connect_with_data, server.getsockname())
-    worker.report()
-    acceptor.report()
-    switch.write_text(before)
-    port = server.getsockname()[1]
-    expect([ended_row(worker, 4, IPV4, IPV4, port, "-")] * 4)
+    client, _, port = run_fast_opens(5)
+    expect([ended_row(client, 4, IPV4, IPV4, port, "-")] * 5)
 
 
 @pytest.fixture

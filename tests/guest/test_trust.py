@@ -19,16 +19,15 @@ import pytest
 from conftest import (
     DEADLINE,
     IPV4,
-    IPV6,
     NOBODY4,
     NOBODY6,
     TOOLS,
     TOP,
     Worker,
     best_method,
-    both_methods,
     both_methods_on_oldest,
     failures,
+    only_at_both_ends,
     only_on,
     probed_functions,
     row,
@@ -38,8 +37,6 @@ from traffic import (
     LINGER_0,
     connect_nonblocking,
     connect_refused,
-    connect_to,
-    is_accepting,
     listener,
     lost,
     port_of,
@@ -154,12 +151,12 @@ def test_softirq_on_top_of_a_program(start):
         assert (seen, tool.complaints()) == (expected, [])
 
 
-@both_methods_on_oldest
-def test_stopped_while_connects_happen(start, method):
+@only_at_both_ends
+def test_stopped_while_connects_happen(start):
     """10,007 fit into one CPU's buffer; of 20,011 those that fit, the first ones, and
     the exact number of the others.
     """
-    tool, small = start("tcpconnect", "tcpconnect -b 1", TCPTOOLS_METHOD=method)
+    tool, small = start("tcpconnect", "tcpconnect -b 1", TCPTOOLS_METHOD=best_method())
     for count in (10007, 20011):
         tool.process.send_signal(signal.SIGSTOP)
         small.process.send_signal(signal.SIGSTOP)
@@ -167,8 +164,7 @@ def test_stopped_while_connects_happen(start, method):
         tool.process.send_signal(signal.SIGCONT)
         small.process.send_signal(signal.SIGCONT)
         if count == 10007:
-            while len(tool.rows()) < count:
-                time.sleep(0.1)
+            until(f"{count} rows", lambda: len(tool.rows()) >= 10007)
     rows = tool.stop()
     ports = [int(line.split()[5]) for line in rows]
     fitting = len(rows) - 10007
@@ -178,18 +174,20 @@ def test_stopped_while_connects_happen(start, method):
     assert 110 > len(few) == 30018 - lost(small)
 
 
-@both_methods_on_oldest
-def test_slow_reader(start, method):
+@only_at_both_ends
+def test_slow_reader(start):
     """Of a pipe that nobody reads for a while."""
     reader, writer = os.pipe()
-    (tool,) = start("tcpconnect", options={"pipe": writer}, TCPTOOLS_METHOD=method)
+    (tool,) = start(
+        "tcpconnect", options={"pipe": writer}, TCPTOOLS_METHOD=best_method()
+    )
     Worker(b"burst", connect_nonblocking, 0, NOBODY6, 30011).report()
     said = []
     thread = threading.Thread(target=lambda: said.append(read_all(reader)))
     thread.start()
     tool.end()
     os.close(writer)
-    thread.join()
+    thread.join(DEADLINE)
     rows = said[0].splitlines()[1:]
     assert lost(tool) > 0 and len(rows) == 30011 - lost(tool)
     assert all(line.split()[1] == "burst" for line in rows)
@@ -226,8 +224,7 @@ def test_load(start):
     tool.process.send_signal(signal.SIGSTOP)
     both_cpus(15013)  # fills the buffers of both
     tool.process.send_signal(signal.SIGCONT)
-    while len(tool.rows()) < 20100:
-        time.sleep(0.1)
+    until("20100 rows", lambda: len(tool.rows()) >= 20100)
     warm = peak_kb(pid)
     began = time.monotonic()
     both_cpus(count)
@@ -271,6 +268,7 @@ def capabilities(*numbers):
 CAP_IPC_LOCK, CAP_SYS_RESOURCE, CAP_PERFMON, CAP_BPF = 14, 24, 38, 39
 
 
+@only_at_both_ends
 @both_methods_on_oldest
 def test_few_capabilities(start, method):
     """Those that the man page names, and no root.
@@ -293,6 +291,7 @@ def test_few_capabilities(start, method):
     assert [tool.complaints() for tool in tools] == [[], []]
 
 
+@only_at_both_ends
 @pytest.mark.parametrize("numbers", [(), (CAP_BPF,), (CAP_PERFMON,)])
 def test_too_few_capabilities(numbers):
     assert failures(preexec_fn=capabilities(*numbers)) == {
@@ -381,6 +380,7 @@ def test_no_tcp_v6_connect(start, tmp_path):
     ] * 5
 
 
+@only_at_both_ends
 def test_ftrace_disabled():
     """Fexit programs and kprobes would attach, and see nothing."""
     switch = pathlib.Path("/proc/sys/kernel/ftrace_enabled")
@@ -441,10 +441,11 @@ def connect_and_accept_on_cpu(cpu, count):
     return worker.pid
 
 
+@only_at_both_ends
 def test_cpu_comes_online(start):
     """After it was offline: as CPUs are in every suspend."""
-    tools = start(*TOOLS, TCPTOOLS_METHOD="fexit")
-    tools += start(*TOOLS, TCPTOOLS_METHOD="kprobe")
+    tools = start("tcpconnect", TCPTOOLS_METHOD="fexit")
+    tools += start("tcpaccept", TCPTOOLS_METHOD="kprobe")
     switch = pathlib.Path("/sys/devices/system/cpu/cpu1/online")
     switch.write_text("0")
     switch.write_text("1")
@@ -452,7 +453,7 @@ def test_cpu_comes_online(start):
     lines = [f"{t.process.args[0].name}: lost 1 events: " for t in tools]
     lines = [f"{line}their CPU had just come online" for line in lines]
     for tool, line in zip(tools, lines):
-        until(lambda tool=tool, line=line: line in tool.err.read_text())
+        tool.wait_for(line)
     pid = connect_and_accept_on_cpu(1, 13)
     for tool, line in zip(tools, lines):
         rows = tool.stop()
@@ -503,21 +504,22 @@ def left_behind():
     return [probed_functions(), *kinds, events, directories, settings()]
 
 
+@only_at_both_ends
 def test_nothing_is_left_behind(start):
     """After every kind of exit, and with each method."""
     before = left_behind()
     reader, writer = os.pipe()
-    tools = start(*TOOLS, TCPTOOLS_METHOD="fexit")
-    tools += start(*TOOLS, TCPTOOLS_METHOD="kprobe")
+    killed = start("tcpconnect", TCPTOOLS_METHOD="fexit")
+    killed += start("tcpaccept", TCPTOOLS_METHOD="kprobe")
+    (stopped,) = start("tcpaccept", TCPTOOLS_METHOD="fexit")
     (piped,) = start("tcpconnect", options={"pipe": writer}, TCPTOOLS_METHOD="kprobe")
     os.close(writer)
     during = left_behind()
     assert all(during[kind] > before[kind] for kind in range(3))
     assert during[4:] == before[4:]
     os.close(reader)
-    tools[0].stop(signal.SIGINT)
-    tools[3].stop(signal.SIGTERM)
-    for tool in tools[1:3]:
+    stopped.stop(signal.SIGTERM)
+    for tool in killed:
         tool.process.kill()
         tool.process.wait()
     assert piped.process.wait(DEADLINE) == 0
@@ -527,34 +529,6 @@ def test_nothing_is_left_behind(start):
     assert left_behind() == before
 
 
-@both_methods
-def test_blocked_beside_another_server(start, method):
-    """A server already blocked in accept() when tracing starts.
-
-    Its next connection shows, and so do another's.
-    """
-    old, new = listener(socket.AF_INET, IPV4), listener(socket.AF_INET6, IPV6)
-    ports = [server.getsockname()[1] for server in (old, new)]
-    blocked = Worker(b"blocked", accept_blocking, old, 3)
-    while not is_accepting(blocked.pid):
-        time.sleep(0.01)
-    (tool,) = start("tcpaccept", TCPTOOLS_METHOD=method)
-    other = Worker(b"other", accept_blocking, new, 3)
-    both = [(socket.AF_INET6, IPV6, ports[1]), (socket.AF_INET, IPV4, ports[0])]
-    Worker(b"client", connect_to, both * 3).report()
-    blocked.report()
-    other.report()
-    six = row(other.pid, "other", 6, IPV6, IPV6, ports[1])
-    four = row(blocked.pid, "blocked", 4, IPV4, IPV4, ports[0])
-    assert sorted(tool.stop()) == sorted([six, four] * 3)
-
-
-def accept_blocking(server, count):
-    for _ in range(count):
-        with server.accept()[0] as peer:
-            peer.send(b".")
-
-
 def lock_down(level):
     subprocess.run(
         ["mount", "-t", "securityfs", "none", "/sys/kernel/security"], check=False
@@ -562,6 +536,7 @@ def lock_down(level):
     pathlib.Path("/sys/kernel/security/lockdown").write_text(level)
 
 
+@only_at_both_ends
 @pytest.mark.last  # for there is no way back
 def test_locked_down(start):
     """For integrity, how the kernel is preempted cannot be read: it may be any way.

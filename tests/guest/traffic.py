@@ -2,6 +2,7 @@
 print of it.
 """
 
+import ctypes
 import errno
 import os
 import pathlib
@@ -12,10 +13,12 @@ import socket
 import struct
 import threading
 
-from conftest import IPV4, IPV6, Worker, row
+from conftest import IPV4, IPV6, Worker, row, until
 
 MAPPED = f"::ffff:{IPV4}"
 LINGER_0 = b"\1\0\0\0\0\0\0\0"  # close() resets the connection
+CLONE_NEWNS = 0x00020000
+TCP_FASTOPEN_CONNECT = 30  # linux/tcp.h
 
 
 def listener(family, address, backlog=128):
@@ -195,12 +198,16 @@ def accept_in_threads(server, count, ready):
     threads = [threading.Thread(target=accept) for _ in range(count)]
     for thread in threads:
         thread.start()
-    while sum(map(is_accepting, os.listdir("/proc/self/task"))) < count:
-        os.sched_yield()
+    until("threads blocked in accept()", lambda: count_accepting() == count)
     os.write(ready, b".")
     for thread in threads:
         thread.join()
     return ports
+
+
+def count_accepting():
+    """How many threads of this process are blocked in accept()."""
+    return sum(map(is_accepting, os.listdir("/proc/self/task")))
 
 
 def is_accepting(tid):
@@ -227,3 +234,63 @@ def connect_refused(address):
     with socket.socket() as client:
         assert client.connect_ex((address, port)) == errno.ECONNREFUSED
     return port
+
+
+def connect_to_itself(count):
+    """Connect and accept, one after the other; the port."""
+    with listener(socket.AF_INET, "127.0.0.1") as server:
+        port = server.getsockname()[1]
+        for _ in range(count):
+            with socket.create_connection(("127.0.0.1", port)):
+                server.accept()[0].close()
+    return port
+
+
+def leave_mount_namespace():
+    """This process gets a mount namespace of its own."""
+    assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
+
+
+def run_fast_opens(count):
+    """Connections by TCP Fast Open: (client, server, port)."""
+    switch = pathlib.Path("/proc/sys/net/ipv4/tcp_fastopen")
+    before, counter = switch.read_text(), count_fast_opens()
+    switch.write_text("3")
+    with listener(socket.AF_INET, IPV4) as listening:
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 16)
+        port = listening.getsockname()[1]
+        server = Worker(b"server", accept_fast_open, listening, count)
+        client = Worker(b"client", connect_fast_open, port, count)
+        client.report()
+        server.report()
+    switch.write_text(before)
+    assert count_fast_opens() > counter
+    return client, server, port
+
+
+def count_fast_opens():
+    """How many connects since the boot had data in their SYN."""
+    names, values, *_ = pathlib.Path("/proc/net/netstat").read_text().splitlines()
+    return int(dict(zip(names.split(), values.split()))["TCPFastOpenActive"])
+
+
+def connect_fast_open(port, count):
+    """By sendto() and by a connect() that waits for the data. The first one asks for a
+    cookie, the others carry data in their SYN; each is greeted.
+    """
+    for i in range(count):
+        with socket.socket() as client:
+            if i % 2:
+                client.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
+                client.connect((IPV4, port))
+                client.send(b"data")
+            else:
+                assert client.sendto(b"data", socket.MSG_FASTOPEN, (IPV4, port)) == 4
+            client.recv(1)
+
+
+def accept_fast_open(server, count):
+    for _ in range(count):
+        with server.accept()[0] as peer:
+            assert peer.recv(4) == b"data"
+            peer.send(b".")

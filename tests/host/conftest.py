@@ -1,7 +1,9 @@
 """The tools as modules, and as commands."""
 
+import functools
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
@@ -41,13 +43,25 @@ def clickhouse_library():
         pytest.skip(f"NO CLICKHOUSE SERVER: {why}")
 
 
+class Loader(SourceFileLoader):
+    """Compiles a script once, however often it is loaded."""
+
+    get_code = functools.cache(SourceFileLoader.get_code)
+
+
 def load(name):
-    loader = SourceFileLoader(name, str(TOP / name))
+    loader = Loader(name, str(TOP / name))
     module = importlib.util.module_from_spec(
         importlib.util.spec_from_loader(name, loader)
     )
     loader.exec_module(module)
     return module
+
+
+def option_names(tool):
+    """All options in the help, each as a list of its names: -p, --pid."""
+    lines = re.findall(r"^  (-.+?)(?:  |$)", help_of(tool), re.MULTILINE)
+    return [re.findall(r"(?<!\S)--?\w[\w-]*", line) for line in lines]
 
 
 def parse(tool, *arguments):

@@ -1,5 +1,5 @@
-"""Completion at the prompt: real shells in a terminal, and a key pressed that inserts
-all that they offer.
+"""Completion at the prompt: a real shell in a terminal, and a key pressed that inserts
+all that it offers. The values are tcpconnect's: each file is for both tools.
 """
 
 import contextlib
@@ -7,12 +7,11 @@ import os
 import pathlib
 import pty
 import pwd
-import re
 import select
 import subprocess
 
 import pytest
-from conftest import TOOLS, TOP, help_of, load
+from conftest import TOOLS, TOP, option_names
 
 BASH_FILE = TOP / "examples/completion.bash"
 GUARD = 120  # seconds without output
@@ -45,140 +44,118 @@ COMMAND = """\
 printf '%s\\0' "$@" >>~/arguments
 echo "finished: $0"
 """
-# The real findmnt, with another table of mounts.
-FINDMNT = """\
-#!/bin/sh
-exec /usr/bin/findmnt --tab-file ~/mounts "$@"
-"""
-# Stands for systemctl list-units OPTION... PATTERN.
-SYSTEMCTL = """\
+SCRIPTS = {
+    **dict.fromkeys((*TOOLS, "sudo"), COMMAND),
+    # The real one, with another table of mounts
+    "findmnt": '#!/bin/sh\nexec /usr/bin/findmnt --tab-file ~/mounts "$@"\n',
+    # As systemctl list-units OPTION... PATTERN
+    "systemctl": """\
 #!/bin/sh
 for pattern; do :; done
 for unit in web.service web@2.service; do
     case $unit in $pattern) echo "$unit loaded active running Some title" ;; esac
 done
-"""
+""",
+}
 
 
-@pytest.fixture(params=SETUPS)
-def setup(request):
-    return request.param
+class Shell:
+    """At its prompt, in a directory that is its home, and the first in its PATH."""
 
+    def __init__(self, setup, home):
+        self.setup, self.home = setup, home
+        for name, text in SCRIPTS.items():
+            (home / name).write_text(text)
+            (home / name).chmod(0o755)
+        for name in (".bashrc", ".zshrc"):
+            (home / name).write_text(f"PS1='prompt: '\n{SETUPS[setup]}\n")
+        directory = home / ".local/share/bash-completion/completions"
+        directory.mkdir(parents=True)
+        (directory / "tcpconnect").symlink_to(BASH_FILE)
+        (directory / "tcpaccept").symlink_to("tcpconnect")
+        self.terminal, end = pty.openpty()
+        command = ["zsh", "-d"] if setup == "zsh" else ["bash", "--noprofile"]
+        environment = {"HOME": str(home), "TERM": "dumb", "INPUTRC": "/dev/null"}
+        environment["PATH"] = f"{home}:/usr/sbin:/usr/bin:/sbin:/bin"
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty", *command],
+            cwd=home,
+            env=environment,
+            **dict.fromkeys(("stdin", "stdout", "stderr"), end),
+        )
+        os.close(end)
 
-@pytest.fixture
-def home(setup, tmp_path):
-    """The shell's home, its working directory, and the first in its PATH."""
-    scripts = {**dict.fromkeys(TOOLS, COMMAND), "sudo": COMMAND, "findmnt": FINDMNT}
-    for name, text in {**scripts, "systemctl": SYSTEMCTL}.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    for name in (".bashrc", ".zshrc"):
-        (tmp_path / name).write_text(f"PS1='prompt: '\n{SETUPS[setup]}\n")
-    directory = tmp_path / ".local/share/bash-completion/completions"
-    directory.mkdir(parents=True)
-    (directory / "tcpconnect").symlink_to(BASH_FILE)
-    (directory / "tcpaccept").symlink_to("tcpconnect")
-    return tmp_path
+    def wait_for(self, *markers):
+        """Read on until each of them has come, in this order."""
+        seen = b""
+        for marker in map(str.encode, markers):
+            while marker not in seen:
+                assert select.select([self.terminal], [], [], GUARD)[0], seen
+                seen += os.read(self.terminal, 4096)
+            seen = seen.partition(marker)[2]
 
-
-@pytest.fixture
-def offers(setup, home):
-    """A function: what the shell offers for the last word of a line, if only empty."""
-
-    def inserted(line):
-        arguments = type_line(setup, home, line)
+    def offers(self, line):
+        """What it offers for the last word of a line, if only empty."""
+        key = "\t" if self.setup == "zsh" else "\033*"
+        os.write(self.terminal, f"{line}{key}\n".encode())
+        self.wait_for("finished: ", "prompt: ")
+        arguments = (self.home / "arguments").read_text().split("\0")[:-1]
+        (self.home / "arguments").unlink()
         typed = line.split(" ")[1:-1]
         assert arguments[: len(typed)] == typed
         # zsh writes = behind an option that takes a value.
         return sorted(word.rstrip("=") for word in arguments[len(typed) :])
 
-    return inserted
+
+@pytest.fixture(scope="module", params=SETUPS)
+def shell(request, tmp_path_factory):
+    shell = Shell(request.param, tmp_path_factory.mktemp(request.param))
+    try:
+        shell.wait_for("prompt: ")
+        yield shell
+    finally:
+        shell.process.kill()
+        shell.process.wait()
+        os.close(shell.terminal)
 
 
-def type_line(setup, home, line):
-    """The arguments that the line's command gets after completion."""
-    if setup == "zsh":
-        command, key = ["zsh", "-d"], "\t"
-    else:
-        command, key = ["bash", "--noprofile"], "\033*"
-    environment = {
-        "HOME": str(home),
-        "PATH": f"{home}:/usr/sbin:/usr/bin:/sbin:/bin",
-        "TERM": "dumb",
-        "INPUTRC": "/dev/null",
-    }
-    terminal, end = pty.openpty()
-    with subprocess.Popen(
-        ["setsid", "--ctty", *command],
-        cwd=home,
-        env=environment,
-        stdin=end,
-        stdout=end,
-        stderr=end,
-    ) as shell:
-        os.close(end)
-        try:
-            wait_for("prompt: ", terminal)
-            os.write(terminal, f"{line}{key}\n".encode())
-            wait_for("finished: ", terminal)
-        finally:
-            shell.kill()
-            os.close(terminal)
-    text = (home / "arguments").read_text()
-    (home / "arguments").unlink()
-    return text.split("\0")[:-1]
+def all_options(tool):
+    return sorted(name for names in option_names(tool) for name in names)
 
 
-def wait_for(marker, terminal):
-    seen = b""
-    while marker.encode() not in seen:
-        assert select.select([terminal], [], [], GUARD)[0], seen
-        seen += os.read(terminal, 4096)
+def test_options(name, tool, shell):
+    assert shell.offers(f"{name} -") == all_options(tool)
+    wanted = [option for option in all_options(tool) if option.startswith("--")]
+    for prefix in PREFIXES[shell.setup]:
+        assert shell.offers(f"{prefix}{name} --") == wanted
 
 
-def help_options(name):
-    """All options in the tool's help."""
-    lines = re.findall(r"^  (-.+?)(?:  |$)", help_of(load(name)), re.MULTILINE)
-    return sorted(part.split()[0] for line in lines for part in line.split(", "))
+@pytest.mark.parametrize("shell", ["zsh"], indirect=True)
+def test_one_ip_version_only(tool, shell):
+    others = sorted({*all_options(tool)} - {"-4", "--ipv4", "-6", "--ipv6"})
+    for version in ("-4", "--ipv6"):
+        assert shell.offers(f"{tool.NAME} {version} -") == others
 
 
-def test_options(name, offers):
-    assert offers(f"{name} -") == help_options(name)
-    assert offers(f"{name} --buf") == ["--buffer-pages"]
-
-
-def test_other_names_of_the_tool(name, setup, offers):
-    wanted = [option for option in help_options(name) if option.startswith("--")]
-    for prefix in PREFIXES[setup]:
-        assert offers(f"{prefix}{name} --") == wanted
-        assert len(offers(f"{prefix}{name} --buffer-pages=")) == 15
-
-
-@pytest.mark.parametrize("setup", ["zsh"])
-@pytest.mark.parametrize("version", ["-4", "--ipv4", "-6", "--ipv6"])
-def test_one_ip_version_only(name, offers, version):
-    both = {"-4", "--ipv4", "-6", "--ipv6"}
-    assert offers(f"{name} {version} -") == sorted({*help_options(name)} - both)
-
-
-def test_users(name, offers):
+def test_users(shell):
     users = [user.pw_name for user in pwd.getpwall()]
-    assert offers(f"{name} -u ") == sorted(users)
+    assert shell.offers("tcpconnect -u ") == sorted(users)
     ours = sorted(f"root,{user}" for user in users if user.startswith("n"))
-    assert offers(f"{name} -t -u root,n") == ours
-    assert offers(f"{name} --uid=root,nobod") == ["--uid=root,nobody"]
+    assert shell.offers("tcpconnect -t -u root,n") == ours
+    assert shell.offers("tcpconnect --uid=root,nobod") == ["--uid=root,nobody"]
 
 
 def running():
     return {path.name for path in pathlib.Path("/proc").glob("[0-9]*")}
 
 
-def test_pids(name, offers):
+def test_pids(shell):
     with subprocess.Popen(["true"]) as exited:
         pass
     start = str(os.getpid())[:-1]
     before = running()
-    alone, listed = offers(f"{name} -p "), offers(f"{name} --pid 1,{start}")
+    alone = shell.offers("tcpconnect -p ")
+    listed = shell.offers(f"tcpconnect --pid 1,{start}")
     always = before & running()
     assert always <= set(alone) and str(exited.pid) not in alone
     assert all(pid.isdigit() for pid in alone)
@@ -186,68 +163,62 @@ def test_pids(name, offers):
     assert all(pids.startswith(f"1,{start}") for pids in listed)
 
 
-def test_names(name, home, offers):
+def test_names(shell):
     """Of running processes, each once. They may be anything: no shell runs them."""
     odd, ours = "$(touch ran) 'x", pathlib.Path("/proc/self/comm").read_text()[:-1]
-    (home / odd).symlink_to("/bin/sleep")
-    commands = [[home / odd, str(GUARD)]] * 2
+    (shell.home / odd).symlink_to("/bin/sleep")
+    commands = [[shell.home / odd, str(GUARD)]] * 2
     with contextlib.ExitStack() as stack:
         for process in [subprocess.Popen(command) for command in commands]:
             stack.enter_context(process)
             stack.callback(process.kill)
-        offered = offers(f"{name} -n ")
+        offered = shell.offers("tcpconnect -n ")
         assert {odd, ours} <= set(offered)
         assert len(offered) == len(set(offered))
-        assert f"--name={ours}" in offers(f"{name} --name={ours[:-1]}")
-    assert not (home / "ran").exists()
+        assert f"--name={ours}" in shell.offers(f"tcpconnect --name={ours[:-1]}")
+    assert not (shell.home / "ran").exists()
 
 
-def test_pages(name, offers):
+def test_numbers(shell):
+    """Of pages, powers of two; of a port, none."""
     powers = sorted(str(1 << n) for n in range(15))
-    assert offers(f"{name} -b ") == powers
-    ours = [power for power in powers if power.startswith("1")]
-    assert offers(f"{name} --buffer-pages 1") == ours
-    assert offers(f"{name} --buffer-pages=1638") == ["--buffer-pages=16384"]
+    assert shell.offers("tcpconnect -b ") == powers
+    assert shell.offers("tcpconnect --buffer-pages=1638") == ["--buffer-pages=16384"]
+    for option in ("-P", "--port", "-a", "-m", "--interval"):
+        assert shell.offers(f"tcpconnect {option} ") == []
+    assert shell.offers("tcpconnect -P 80,4") == ["80,4"]
 
 
-def test_ports(name, offers):
-    for option in ("-P", "--port", "-a", "--addr", "-i", "--interval"):
-        assert offers(f"{name} {option} ") == []
-    assert offers(f"{name} -P 80,4") == ["80,4"]
-
-
-@pytest.mark.parametrize("option", ["--cgroupmap", "--mntnsmap"])
-def test_maps(name, home, offers, option):
-    (home / "maps").mkdir()
+def test_maps(shell):
+    (shell.home / "maps").mkdir()
     for file in ("a,b", "a,map of cgroups", "b"):
-        (home / "maps" / file).touch()
-    assert offers(f"{name} {option} maps/a,") == ["maps/a,b", "maps/a,map of cgroups"]
+        (shell.home / "maps" / file).touch()
+    for option in ("--cgroupmap", "--mntnsmap"):
+        found = shell.offers(f"tcpconnect {option} maps/a,")
+        assert found == ["maps/a,b", "maps/a,map of cgroups"]
 
 
-def test_cgroups(name, home, offers):
-    top = home / "mounted"
+def test_cgroups(shell):
+    top = shell.home / "mounted"
     (top / "user.slice/user@1000.service/app.slice").mkdir(parents=True)
     (top / "system-a\\x2db.slice").mkdir()
     (top / "cgroup.procs").touch()
-    (home / "mounts").write_text(f"proc /proc proc rw\ncgroup2 {top} cgroup2 rw\n")
+    mounts = f"proc /proc proc rw\ncgroup2 {top} cgroup2 rw\n"
+    (shell.home / "mounts").write_text(mounts)
     units = ["web.service", "web@2.service"]
     both = sorted([*units, "system-a\\x2db.slice/", "user.slice/"])
-    assert offers(f"{name} --cgroup ") == both
-    assert offers(f"{name} --cgroup we") == units
+    assert shell.offers("tcpconnect --cgroup ") == both
+    assert shell.offers("tcpconnect --cgroup we") == units
     inner = "user.slice/user@1000.service/"
-    assert offers(f"{name} --cgroup=user.slice/") == [f"--cgroup={inner}"]
-    assert offers(f"{name} --cgroup {top}/user.slice/") == [f"{top}/{inner}"]
+    assert shell.offers("tcpconnect --cgroup=user.slice/") == [f"--cgroup={inner}"]
+    assert shell.offers(f"tcpconnect --cgroup {top}/user.slice/") == [f"{top}/{inner}"]
     # as both shells take it, and bash writes it
     quoted = inner.replace("@", "\\@")
-    assert offers(f"{name} --cgroup {quoted}") == [f"{inner}app.slice/"]
+    assert shell.offers(f"tcpconnect --cgroup {quoted}") == [f"{inner}app.slice/"]
 
 
-def test_units_where_no_cgroups_are_mounted(name, home, offers):
+def test_units_where_no_cgroups_are_mounted(shell):
     """And no directories of the working directory."""
-    (home / "mounts").write_text("proc /proc proc rw\n")
-    (home / "work").mkdir()
-    assert offers(f"{name} --cgroup w") == ["web.service", "web@2.service"]
-
-
-def test_shellcheck():
-    subprocess.run(["shellcheck", BASH_FILE], check=True)
+    (shell.home / "mounts").write_text("proc /proc proc rw\n")
+    (shell.home / "we").mkdir()
+    assert shell.offers("tcpconnect --cgroup w") == ["web.service", "web@2.service"]

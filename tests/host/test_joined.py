@@ -1,5 +1,5 @@
-"""The lines of three traced hosts (tests/guest/test_fleet.py), joined: the map must
-equal what was done, edge by edge.
+"""The lines of three traced hosts (tests/guest/test_three_hosts.py), joined: the map
+must equal what was done, edge by edge.
 """
 
 import datetime

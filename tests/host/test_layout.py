@@ -4,10 +4,6 @@ The struct layout comes from BTF: crafted here, byte by byte as linux/btf.h desc
 it, and this machine's own.
 """
 
-import functools
-import json
-import os
-import random
 import re
 import shutil
 import struct
@@ -38,10 +34,11 @@ class Btf:
         self.types, self.strings, self.count = b"", b"\0", 0
 
     def name(self, text):
-        if not text:
-            return 0
-        self.strings += text.encode() + b"\0"
-        return len(self.strings) - len(text) - 1
+        """Where it is in the strings, of which no two are the same."""
+        wanted = b"\0%b\0" % text.encode()
+        if text and wanted not in self.strings:
+            self.strings += wanted[1:]
+        return self.strings.index(wanted) + 1 if text else 0
 
     def add(self, kind, name, size_or_type, *after, vlen=0, flag=0):
         info = flag << 31 | KIND[kind] << 24 | vlen
@@ -147,7 +144,6 @@ def kernel_btf(
 
 def read(tool, crafted=None):
     """A crafted BTF as the tool reads it."""
-    tool.import_bcc()
     return tool.Btf((crafted or kernel_btf()).data())
 
 
@@ -177,28 +173,55 @@ SOCK_COMMON = {
 }
 
 
+def offsets(btf, name):
+    return {member: at for member, (at, _) in btf.members(name).items()}
+
+
 def test_offsets(shared):
     """In structs and unions without a name, too; a bitfield has no offset in bytes."""
     btf = read(shared)
-    assert btf.offsets("sock_common") == SOCK_COMMON
-    assert btf.offsets("sock") == {
+    assert offsets(btf, "sock_common") == SOCK_COMMON
+    assert offsets(btf, "sock") == {
         "__sk_common": 0,
         "sk_err": 76,
         "sk_err_soft": 80,
         "sk_protocol": 102,
     }
-    assert btf.offsets("inet_sock") == {"sk": 0, "inet_sport": 130}
-    assert btf.offsets("pt_regs") == {"regs": 0, "di": 24, "flags": 32, "ax": 40}
-    assert btf.offsets("no_such") == {}
+    assert offsets(btf, "inet_sock") == {"sk": 0, "inet_sport": 130}
+    assert offsets(btf, "pt_regs") == {"regs": 0, "di": 24, "flags": 32, "ax": 40}
+    assert offsets(btf, "no_such") == {}
+
+
+def test_sizes(shared):
+    """Behind typedefs and qualifiers, of arrays and pointers, and of nothing."""
+    btf = read(shared)
+    for name, member, offset, size in (
+        ("sock_common", "skc_daddr", 12, 4),
+        ("sock_common", "skc_v6_daddr", 40, 16),
+        ("sock_common", "skc_net", 56, 8),
+        ("net", "ns", 24, 16),
+        ("pt_regs", "regs", 0, 24),
+        ("possible_net", "net", 0, 0),
+        ("sock", "sk_dontcopy", 0, 0),
+    ):
+        assert btf.offset_and_size(name, member) == (offset, size)
+    crafted = Btf()
+    pair = crafted.array(crafted.array(crafted.int("int", 4), 3), 5)
+    crafted.struct("s", 60, [("matrix", pair, 0)])
+    assert read(shared, crafted).offset_and_size("s", "matrix") == (0, 60)
 
 
 def test_types_by_name_and_kind(shared):
+    """Also where the bytes of the name's offset are something else's, too."""
     crafted = kernel_btf()
-    function = crafted.func("net", 5, 1)
+    name_off = crafted.name("net")
+    crafted.array(name_off, name_off)
+    crafted.func("net", 5, 1)
+    crafted.func("last", 2, 1)
     btf = read(shared, crafted)
-    assert btf.find("net", 12) == function != btf.find("net") > 0
-    assert btf.find("no_such") == btf.find("tcp_v4_connect") == 0
-    assert btf.arity("net") == 5
+    assert btf.arity("net") == 5 and btf.arity("last") == 2
+    assert offsets(btf, "net") == {"ns": 24}
+    assert btf.find("no_such") is btf.find("tcp_v4_connect") is None
 
 
 def test_arity(shared):
@@ -207,43 +230,35 @@ def test_arity(shared):
     assert btf.arity("no_such") is btf.arity("sock_common") is None
 
 
-def test_type_behind_typedefs_and_qualifiers(shared):
-    crafted = Btf()
-    type_id = crafted.int("int", 4)
-    for kind, name in (("const", ""), ("typedef", "a"), ("volatile", "")):
-        type_id = crafted.add(kind, name, type_id)
-    kind, info, size, _ = read(shared, crafted).type(type_id)
-    assert (kind, info, size) == (1, 1 << 24, 4)
-
-
 def test_type_that_is_not_there(shared):
-    """Or is a circle."""
+    """Or is a circle, or a struct inside of itself."""
     crafted = Btf()
-    crafted.add("typedef", "a", 2)
+    circle = crafted.add("typedef", "a", 2)
     crafted.add("typedef", "b", 1)
-    for type_id in (1, 2, 9999):
-        with pytest.raises(ValueError):
-            read(shared, crafted).type(type_id)
+    crafted.struct("s", 8, [("circle", circle, 0), ("absent", 9999, 4)])
+    crafted.struct("nested", 8, [("", 4, 0), ("member", 1, 4)])
+    crafted.struct("absent", 8, [("", 9999, 0)])
+    btf = read(shared, crafted)
+    for member in ("circle", "absent"):
+        with pytest.raises(ValueError, match="^the BTF (has|refers to) a type that "):
+            btf.offset_and_size("s", member)
+    with pytest.raises(ValueError, match="^the BTF refers to a type that "):
+        btf.members("absent")
+    assert offsets(btf, "nested") == {"member": 4}
 
 
-def test_ipv6_and_network_namespaces(shared):
+def test_what_the_kernel_has(shared):
     for crafted, *has in (
-        (kernel_btf(), True, True, True),
-        (kernel_btf(without_ipv6), False, True, True),
-        (kernel_btf(without("skc_net")), True, False, True),
-        (kernel_btf(netns=False), True, False, True),
-        (kernel_btf(functions={"tcp_v4_connect": 3}), True, True, False),
+        (kernel_btf(), True, True),
+        (kernel_btf(without_ipv6), False, True),
+        (kernel_btf(netns=False), True, True),
+        (kernel_btf(functions={"tcp_v4_connect": 3}), True, False),
     ):
         btf = read(shared, crafted)
-        found = shared.has_ipv6(btf), shared.has_netns(btf), shared.has_mptcp(btf)
-        assert list(found) == has
-        macros = re.findall(
-            r"^#define (IPV6|NETNS|MPTCP) 1$",
-            shared.c_program(parse(shared), "kprobe", btf),
-            re.MULTILINE,
-        )
-        names = ("IPV6", "NETNS", "MPTCP")
-        assert macros == [name for name, there in zip(names, has) if there]
+        assert [shared.has_ipv6(btf), shared.has_mptcp(btf)] == has
+        text = shared.c_program(parse(shared), "kprobe", btf)
+        names = re.findall(r"^#define (TCP_V6|MPTCP) 1$", text, re.MULTILINE)
+        assert names == [n for n, there in zip(("TCP_V6", "MPTCP"), has) if there]
 
 
 def is_kernel(shared, monkeypatch, **names):
@@ -257,30 +272,45 @@ def on_x86(monkeypatch, shared):
     is_kernel(shared, monkeypatch)
 
 
-def test_methods_best_first(shared, on_x86, monkeypatch):
-    args = parse(shared)
-    monkeypatch.setattr(shared, "is_preemptible", lambda: False)
-    assert shared.attach_methods(args, None) == ["headers"]
-    btf = read(shared)
-    assert shared.attach_methods(args, btf) == ["fexit", "kprobe", "headers"]
-    monkeypatch.setattr(shared, "is_preemptible", lambda: True)
-    assert shared.attach_methods(args, btf) == ["kprobe", "fexit", "headers"]
+@pytest.fixture
+def methods(shared, on_x86, monkeypatch):
+    """methods(crafted BTF, only=None, preemptible=False) gives the methods to try."""
+
+    def find(crafted, only=None, preemptible=False):
+        monkeypatch.setattr(shared, "is_preemptible", lambda: preemptible)
+        monkeypatch.delenv("TCPTOOLS_METHOD", raising=False)
+        if only:
+            monkeypatch.setenv("TCPTOOLS_METHOD", only)
+        btf = crafted and read(shared, crafted)
+        args = parse(shared)
+        if only:
+            monkeypatch.setenv("TCPTOOLS_METHOD", only)
+        return shared.attach_methods(args, btf)
+
+    return find
 
 
-def test_no_fexit_where_detaching_is_not_safe(shared, on_x86, monkeypatch):
-    args, methods = parse(shared), ["kprobe", "headers"]
-    monkeypatch.setattr(shared, "is_preemptible", lambda: False)
-    btf = read(shared, kernel_btf(tramp_image=False))
-    assert shared.attach_methods(args, btf) == methods
+def test_methods_best_first(methods):
+    assert methods(None) == ["headers"]
+    assert methods(kernel_btf()) == ["fexit", "kprobe"]
+    assert methods(kernel_btf(), preemptible=True) == ["kprobe", "fexit"]
+
+
+def test_one_method_only(methods):
+    for only in ("fexit", "kprobe", "headers"):
+        assert methods(kernel_btf(), only) == [only]
+    assert methods(None, "kprobe") == []
+
+
+def test_no_fexit_where_detaching_is_not_safe(shared, methods, monkeypatch):
+    assert methods(kernel_btf(tramp_image=False)) == ["kprobe"]
     is_kernel(shared, monkeypatch, machine="aarch64")
-    assert shared.attach_methods(args, read(shared)) == methods
+    assert methods(kernel_btf()) == ["kprobe"]
 
 
-def test_no_fexit_for_functions_that_are_not_there(shared, on_x86, monkeypatch):
-    monkeypatch.setattr(shared, "is_preemptible", lambda: False)
+def test_no_fexit_for_functions_that_are_not_there(methods):
     functions = {**FUNCTIONS, "tcp_v4_connect": 4}
-    btf = read(shared, kernel_btf(functions=functions))
-    assert shared.attach_methods(parse(shared), btf) == ["kprobe", "headers"]
+    assert methods(kernel_btf(functions=functions)) == ["kprobe"]
 
 
 @pytest.mark.parametrize("arguments", [2, 4])
@@ -288,12 +318,9 @@ def test_arguments_of_accept(arguments):
     tool = load("tcpaccept")
     functions = {**FUNCTIONS, "inet_csk_accept": arguments}
     btf = read(tool, kernel_btf(functions=functions))
-    (declared,) = tool.fexit_macros(parse(tool), btf).values()
-    others = [f"void *arg{i}" for i in range(1, arguments)]
-    assert declared.split(", ") == ["struct sock *listener", *others]
+    others = "".join(f", void *arg{i}" for i in range(1, arguments))
     text = tool.c_program(parse(tool), "fexit", btf)
-    assert f"#define INET_CSK_ACCEPT_ARGS {declared}\n" in text
-    assert "INET_CSK_ACCEPT_ARGS" not in tool.c_program(parse(tool), "kprobe", btf)
+    assert f"#define INET_CSK_ACCEPT_ARGS struct sock *listener{others}\n" in text
 
 
 FITS_WITH = {
@@ -311,26 +338,23 @@ FITS_WITH = {
 }
 
 
-def test_functions_that_fexit_needs(name, tool):
+def test_functions_that_fexit_needs(name, tool, monkeypatch):
     """It fits as long as they are there, and take as many arguments."""
+    is_kernel(tool, monkeypatch)
     for options, needed in FITS_WITH[name].items():
         args = parse(tool, *options.split())
         here = {function: FUNCTIONS[function] for function in needed}
-        btf = read(tool, kernel_btf(functions=here))
-        assert tool.fexit_macros(args, btf) is not None
+        assert tool.can_fexit(args, read(tool, kernel_btf(functions=here)))
         for function in needed:
             fewer = {other: here[other] for other in here if other != function}
-            btf = read(tool, kernel_btf(functions=fewer))
-            assert tool.fexit_macros(args, btf) is None
-        changed = "security_sock_graft" if name == "tcpaccept" else needed[0]
-        btf = read(tool, kernel_btf(functions={**here, changed: 1}))
-        assert tool.fexit_macros(args, btf) is None
+            assert not tool.can_fexit(args, read(tool, kernel_btf(functions=fewer)))
+            changed = {**here, function: 1}
+            assert not tool.can_fexit(args, read(tool, kernel_btf(functions=changed)))
 
 
-def test_fexit_without_ipv6(shared):
-    here = {"tcp_v4_connect": 3}
-    btf = read(shared, kernel_btf(without_ipv6, functions=here))
-    assert shared.fexit_macros(parse(shared), btf) == {}
+def test_fexit_without_ipv6(shared, on_x86):
+    btf = read(shared, kernel_btf(without_ipv6, functions={"tcp_v4_connect": 3}))
+    assert shared.can_fexit(parse(shared), btf)
 
 
 @pytest.mark.parametrize(
@@ -370,13 +394,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("why", BROKEN)
-def test_btf_that_libbpf_cannot_read(shared, tmp_path, monkeypatch, capfd, why):
+def test_btf_that_makes_no_sense(shared, tmp_path, monkeypatch, capfd, why):
     path = tmp_path / "btf"
     monkeypatch.setattr(shared, "BTF", str(path))
     monkeypatch.delenv("TCPTOOLS_DEBUG", raising=False)
-    shared.import_bcc()
     path.write_bytes(WHOLE)
-    assert shared.read_btf().offsets("sock_common") == SOCK_COMMON
+    assert offsets(shared.read_btf(), "sock_common") == SOCK_COMMON
     path.write_bytes(BROKEN[why])
     assert shared.read_btf() is None
     assert capfd.readouterr() == ("", "")
@@ -391,243 +414,96 @@ def test_no_btf(shared, tmp_path, monkeypatch, capfd):
     assert err.endswith("\n") and err.count("\n") == 1
 
 
-def test_no_ipv6_in_the_kernel(shared, capsys):
+def test_no_ipv6_in_the_kernel(shared, capfd):
     btf = read(shared, kernel_btf(without_ipv6))
     shared.require_kernel(parse(shared), btf)
-    assert capsys.readouterr() == (
+    assert capfd.readouterr() == (
         "",
         "tcpconnect: this kernel has no IPv6: tracing IPv4 only\n",
     )
     shared.require_kernel(parse(shared, "-4"), btf)
-    assert capsys.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")
     with pytest.raises(SystemExit) as end:
         shared.require_kernel(parse(shared, "-6"), btf)
     assert end.value.code == 1
-    assert capsys.readouterr() == (
+    assert capfd.readouterr() == (
         "",
         "tcpconnect: error: this kernel has no IPv6\n",
     )
 
 
-def test_ipv6_in_the_kernel(shared, capsys):
+def test_ipv6_in_the_kernel(shared, capfd):
     for options in ([], ["-4"], ["-6"]):
         shared.require_kernel(parse(shared, *options), read(shared))
         shared.require_kernel(parse(shared, *options), None)  # the headers know
-    assert capsys.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")
 
 
-def test_mntnsmap_needs_btf(shared, tmp_path, capsys):
+def test_mntnsmap_needs_btf(shared, tmp_path, capfd):
     (tmp_path / "map").write_text("")
     args = parse(shared, "--mntnsmap", str(tmp_path / "map"))
     shared.require_kernel(args, read(shared))
     with pytest.raises(SystemExit) as end:
         shared.require_kernel(args, None)
     assert end.value.code == 1
-    assert capsys.readouterr().err == (
+    assert capfd.readouterr().err == (
         "tcpconnect: error: --mntnsmap needs the kernel's BTF "
         "(/sys/kernel/btf/vmlinux)\n"
     )
 
 
-def test_reads_become_assertions(shared):
-    text = "a\nREADS(sock_common, skc_num,\n      skc_daddr)\nREADS(pt_regs, cx)\nb\n"
-    assert shared.checked_reads(text, read(shared)) == (
-        "a\n"
-        "IS_AT(sock_common, skc_num, 16);\n"
-        "IS_AT(sock_common, skc_daddr, 12);\n"
-        "IS_AT(pt_regs, cx, -1);\n"
-        "b\n"
+def test_layout_of_what_is_read(shared):
+    """The members that READ(), GET() and OFFSET() name, nested ones, too."""
+    text = (
+        "READ(a, b + OFFSET(sock, sk_err), inet_sock,\n     inet_sport);"
+        "f(OFFSET(net, ns), x, y); GET(u16, g(x, y), sock_common, skc_num)"
     )
-    assert shared.checked_reads(text, None) == "a\n\n\nb\n"
-
-
-def reads(tool, text):
-    """{struct: members} that a C program reads."""
-    found = {}
-    for names in re.findall(r"^READS\(([^)]*)\)$", text, re.MULTILINE):
-        name, *members = re.split(r",\s*", names)
-        found.setdefault(name, set()).update(members)
-    return found
-
-
-def compiled(tool, text, btf):
-    """What the compiler says of the types and the assertions of a C program."""
-    compiler = shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        pytest.skip("NOT TESTED: no gcc and no clang, which would compile the types")
-    types = btf.declarations([*reads(tool, text), "user_regs_struct"])
-    program = tool.checked_reads(text, btf)
-    assertions = re.findall(r"^IS_AT\(.*\);$", program, re.MULTILINE)
-    assert {line.split("(")[1].split(",")[0] for line in assertions} == set(
-        reads(tool, text)
+    assert shared.layout(text, read(shared)) == (
+        "#define OFFSET_inet_sock_inet_sport 130\n"
+        "#define SIZE_inet_sock_inet_sport 2\n"
+        "#define OFFSET_net_ns 24\n"
+        "#define SIZE_net_ns 16\n"
+        "#define OFFSET_sock_sk_err 76\n"
+        "#define SIZE_sock_sk_err 4\n"
+        "#define OFFSET_sock_common_skc_num 16\n"
+        "#define SIZE_sock_common_skc_num 2\n"
     )
-    source = [
-        tool.KERNEL_TREE["linux/types.h"].replace("KERNEL_TYPES", types),
-        *(tool.UAPI, *assertions),
-        "struct user_regs_struct registers;",
-        "int main(void) { return 0; }\n",
-    ]
-    flags = ("-std=gnu11", "-fms-extensions", "-w", "-fsyntax-only", "-x", "c", "-")
-    return subprocess.run(
-        [compiler, *flags],
-        input="\n".join(source),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "LC_ALL": "C"},
-    ).stderr
 
 
-@pytest.mark.parametrize("method", ["fexit", "kprobe"])
-def test_crafted_types_compile(tool, method):
-    btf = read(tool)
-    text = tool.c_program(parse(tool), method, btf)
-    assert compiled(tool, text, btf) == ""
-
-
-def test_packed_types_compile(shared):
-    """A struct whose members are not aligned."""
-
-    def misplaced(members):
-        name, type_id, _ = members["skc_family"]
-        members["skc_family"] = (name, type_id, 21)
-
-    btf = read(shared, kernel_btf(misplaced))
-    assert btf.offsets("sock_common") == {**SOCK_COMMON, "skc_family": 21}
-    text = shared.c_program(parse(shared), "kprobe", btf)
-    assert compiled(shared, text, btf) == ""
-
-
-def test_gaps(shared):
-    """libbpf fills them with bitfields without a name, aligned by their type.
-
-    Here they are before integers of any size, some of which follow bitfields.
-    """
-    crafted, choose = kernel_btf(), random.Random(1)
-    types = {
-        8 * size: crafted.int(name, size)
-        for size, name in ((1, "char"), (2, "short"), (4, "int"), (8, "long"))
-    }
-    reads = ""
-    for number in range(307):
-        members, at = [], 0
-        for member in "abcde":
-            bits = choose.choice((8, 16, 32, 64))
-            width = choose.choice((0, 0, choose.randint(1, bits)))
-            if not width:
-                at += choose.choice((0, 0, 8, 72, 400))
-            if not width or at % bits + width > bits:
-                at = -(-at // bits) * bits
-            members.append((member, types[bits], at, width))
-            at += width or bits
-        crafted.struct(f"odd{number}", (at + 63) // 64 * 8, members)
-        named = ", ".join(name for name, *_, width in members if not width)
-        reads += f"READS(odd{number}, {named})\n" if named else ""
-    assert compiled(shared, reads, read(shared, crafted)) == ""
-
-
-def test_declarations_that_are_not_what_btf_says(shared, monkeypatch):
-    btf = read(shared)
-    text = shared.c_program(parse(shared), "kprobe", btf)
-    offsets = btf.offsets
-
-    def moved(name):
-        return {
-            member: offset + 4 * ((name, member) == ("sock_common", "skc_daddr"))
-            for member, offset in offsets(name).items()
-        }
-
-    monkeypatch.setattr(btf, "offsets", moved)
-    errors = re.findall(r"error: (.*)", compiled(shared, text, btf))
-    (error,) = errors
-    assert "BTF has sock_common.skc_daddr elsewhere" in error
+@pytest.mark.parametrize("member", ["skc_v6_daddr", "skc_v6_rcv_saddr", "skc_net"])
+def test_members_that_may_be_absent(shared, member):
+    text = f"GET(x, y, sock_common, {member})"
+    assert f"SIZE_sock_common_{member} 0\n" in shared.layout(
+        text, read(shared, kernel_btf(without(member)))
+    )
 
 
 def test_member_that_the_kernel_does_not_have(shared):
     btf = read(shared, kernel_btf(without("skc_family")))
-    text = shared.c_program(parse(shared), "kprobe", btf)
-    assert "skc_family" in compiled(shared, text, btf)
+    with pytest.raises(ValueError, match="^the BTF has no sock_common.skc_family$"):
+        shared.c_program(parse(shared), "kprobe", btf)
 
 
-def test_declarations_of_nothing(shared):
-    assert read(shared).declarations(["no_such"]) == ""
+def test_registers(shared):
+    """Each at its offset, by whatever names a machine has."""
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    if not compiler:
+        pytest.skip("NOT TESTED: no gcc and no clang, which would compile the struct")
+    source = shared.registers(read(shared))
+    for name, offset, size in (("di", 24, 8), ("ax", 40, 8), ("regs", 0, 24)):
+        source += f"_Static_assert(__builtin_offsetof(struct pt_regs, {name}) == "
+        source += f'{offset} && sizeof(((struct pt_regs *)0)->{name}) == {size}, "");\n'
+    flags = ("-std=gnu11", "-w", "-fsyntax-only", "-x", "c", "-")
+    done = subprocess.run(
+        [compiler, *flags], input=source, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-OWN_OPTIONS = {
-    "tcpconnect": [
-        "",
-        "-c",
-        "-x",
-        "-l -m 5",
-        "-d -U",
-        "-x -d --json --mntnsmap {file}",
-    ],
-    "tcpaccept": ["", "-c", "-q", "-q --json --mntnsmap {file}"],
-}
-
-
-@functools.lru_cache
-def own_btf(tool):
-    """This machine's BTF."""
-    if not os.path.exists(tool.BTF):
-        pytest.skip("NOT TESTED: this machine's kernel has no BTF")
-    tool.import_bcc()
-    return tool.read_btf()
-
-
-def own_programs(tool):
-    """(options, method, C program) for what this machine's kernel offers."""
-    btf = own_btf(tool)
-    for options in OWN_OPTIONS[tool.NAME]:
-        args = parse(tool, *options.format(file=__file__).split())
-        for method in ("fexit", "kprobe"):
-            if method == "kprobe" or tool.fexit_macros(args, btf) is not None:
-                yield options, method, tool.c_program(args, method, btf)
-
-
-def test_this_kernels_types_compile(tool):
-    for options, method, text in own_programs(tool):
-        assert (options, method, compiled(tool, text, own_btf(tool))) == (
-            options,
-            method,
-            "",
-        )
-
-
-def test_this_kernel_has_all_that_is_read(tool):
-    for options, method, text in own_programs(tool):
-        found = reads(tool, text)
-        missing = {
-            (name, member)
-            for name, members in found.items()
-            for member in members - set(own_btf(tool).offsets(name))
-        }
-        assert (options, method, missing) == (options, method, set())
-        assert ("pt_regs" in found) == (method == "kprobe")
-
-
-def test_offsets_are_what_bpftool_says(tool):
-    own_btf(tool)
-    command = ["/usr/sbin/bpftool", "-j", "btf", "dump", "file", tool.BTF]
-    dump = subprocess.run(command, capture_output=True, check=True).stdout
-    types = {entry["id"]: entry for entry in json.loads(dump)["types"]}
-
-    def members(entry, base=0):
-        for member in entry["members"]:
-            behind, offset = types[member["type_id"]], base + member["bits_offset"]
-            if member["name"] != "(anon)" and not member.get("bitfield_size"):
-                yield member["name"], offset // 8
-            elif member["name"] == "(anon)" and "members" in behind:
-                yield from members(behind, offset)
-
-    structs = {
-        entry["name"]: entry for entry in types.values() if entry["kind"] == "STRUCT"
-    }
-    wanted = {name for *_, text in own_programs(tool) for name in reads(tool, text)}
-    assert {"sock_common", "sock", "net", "mnt_namespace", "pt_regs"} <= wanted
-    for name in wanted:
-        offsets = own_btf(tool).offsets(name)
-        assert offsets == dict(members(structs[name])) and offsets
+def test_text_that_ifdef_selects(shared):
+    text = "a\n#ifdef X\nb\n#ifndef Y\nc\n#else\nd\n#endif\n#else\ne\n#endif\nf\n"
+    for macros, kept in (("", "aef"), ("X", "abcf"), ("XY", "abdf"), ("Y", "aef")):
+        assert shared.selected(text, set(macros)) == "".join(f"{c}\n" for c in kept)
 
 
 # What a part of the program is known by, and the options that choose it with a method.
@@ -643,23 +519,22 @@ PARTS = {
         "KRETFUNC_PROBE(tcp_v6_connect,": {"fexit": "- -c -x -d -xd -U", "kprobe": ""},
         "KFUNC_PROBE(tcp_disconnect,": {"fexit": "-x -xd", "kprobe": ""},
         "KFUNC_PROBE(skb_consume_udp,": {"fexit": "-d -xd", "kprobe": ""},
-        "int trace_connect(": {"fexit": "", "kprobe": "- -c -x -d -xd -U"},
-        "int trace_return(": {"fexit": "", "kprobe": "-x -xd"},
-        "int trace_disconnect(": {"fexit": "", "kprobe": "-x -xd"},
-        "int trace_udp(": {"fexit": "", "kprobe": "-d -xd"},
+        "int kprobe__tcp_connect(": {"fexit": "", "kprobe": "- -c -x -d -xd -U"},
+        "int kretprobe__tcp_v4_connect(": {"fexit": "", "kprobe": "-x -xd"},
+        "int kprobe__tcp_disconnect(": {"fexit": "", "kprobe": "-x -xd"},
+        "int kprobe__skb_consume_udp(": {"fexit": "", "kprobe": "-d -xd"},
         "int trace_state(": {"fexit": "-x -xd", "kprobe": "-x -xd"},
         "int trace_state_in_softirq(": {"fexit": "-x -xd", "kprobe": "-x -xd"},
     },
     "tcpaccept": {
         "BPF_HASH(flows,": {"fexit": "-c", "kprobe": "-c"},
-        "event.ts = ": {"fexit": "- -q -U", "kprobe": "- -q -U"},
+        "fill(struct": {"fexit": "- -q -U", "kprobe": "- -q -U"},
         "event->qlen = ": {"fexit": "-q", "kprobe": "-q"},
         "event->uid = ": {"fexit": "-U", "kprobe": "-U"},
         "KRETFUNC_PROBE(inet_csk_accept,": {"fexit": "- -c -q -U", "kprobe": ""},
         "KFUNC_PROBE(security_sock_graft,": {"fexit": "- -c -q -U", "kprobe": ""},
-        "int trace_graft(": {"fexit": "", "kprobe": "- -c -q -U"},
-        "int trace_accept_return(": {"fexit": "", "kprobe": "- -c -q -U"},
-        "int trace_accept(": {"fexit": "", "kprobe": "-q"},
+        "int kprobe__security_sock_graft(": {"fexit": "", "kprobe": "- -c -q -U"},
+        "int kprobe__inet_csk_accept(": {"fexit": "", "kprobe": "-q"},
         'BPF_TABLE("lru_hash", u64, u64, listening,': {"fexit": "", "kprobe": "-q"},
     },
 }
@@ -670,7 +545,7 @@ PARTS_OPTIONS = {"tcpconnect": "- -c -x -d -xd -U", "tcpaccept": "- -c -q -U"}
 def test_parts_of_the_program(name, tool, method):
     """Each option compiles its own code only; - means none."""
     texts = {
-        option: tool.program(parse(tool, *[option] * (option != "-")), method)
+        option: tool.c_program(parse(tool, *[option] * (option != "-")), method, None)
         for option in PARTS_OPTIONS[name].split()
     }
     chosen = {
@@ -683,37 +558,57 @@ def test_parts_of_the_program(name, tool, method):
 
 
 def test_program_with_headers_is_that_with_kprobes(tool):
-    """But for the layout: the kernel's headers have it, and need no assertions."""
+    """But for the layout, which the kernel's headers have."""
     args = parse(tool)
-    assert tool.program(args, "headers") == tool.program(args, "kprobe")
-    text = tool.checked_reads(tool.c_program(args, "headers", None), None)
+    text = tool.c_program(args, "headers", None)
+    assert text == tool.c_program(args, "kprobe", None)
     assert text.startswith(tool.KERNEL_HEADERS)
-    assert not re.search("READS|IS_AT|pt_regs, |s6_addr32 in6_u", text)
 
 
-def test_filters_of_the_program(shared, tmp_path):
-    """Maps to filter by are there where options ask for them."""
+def filters(tool, *options):
+    """The C expressions of TASK_FILTER and FLOW_FILTER that are not just true."""
+    macros = tool.filter_macros(parse(tool, *options))
+    names = ("TASK_FILTER", "FLOW_FILTER")
+    return [macros[name] for name in names if macros[name] != "true"]
+
+
+PID = "u32 x = bpf_get_current_pid_tgid() >> 32"
+UID = "u32 x = bpf_get_current_uid_gid()"
+
+
+@pytest.mark.parametrize(
+    ("options", "expressions"),
+    [
+        ("", []),
+        ("-p 1,2", [f"({{ {PID}; x == 1u || x == 2u; }})"]),
+        ("-u 0", [f"({{ {UID}; x == 0u; }})"]),
+        ("-n a -u 7", [f"({{ {UID}; x == 7u; }}) && has_name()"]),
+        ("-4", ["ip == 4"]),
+        ("-6 -P 80", ["ip == 6 && ({ u32 x = port; x == 80u; })"]),
+    ],
+)
+def test_filters(shared, options, expressions):
+    assert filters(shared, *options.split()) == expressions
+
+
+def test_maps_to_filter_by(shared, tmp_path):
+    """They are there where options ask for them."""
     (tmp_path / 'a"b').write_text("")
     path = str(tmp_path / 'a"b')
-    args, btf = parse(shared, "--mntnsmap", path, "--cgroupmap", path), read(shared)
+    args = parse(shared, "--mntnsmap", path, "--cgroupmap", path)
     args.cgroup = ["/a", "/b", "/c"]
-    text = shared.c_program(args, "kprobe", btf)
-    assert "#define FILTER_CGROUPS 3\n" in text
+    text = shared.c_program(args, "kprobe", None)
+    assert "#define CGROUPS 3\n" in text
     assert f'#define CGROUPMAP "{args.cgroupmap}"\n' in text
     assert f'#define MNTNSMAP "{args.mntnsmap}"\n' in text
+    expression = "is_in_cgroups() && is_in_cgroupmap() && is_in_mntnsmap()"
+    assert f"#define TASK_FILTER {expression}\n" in text
     maps = (
-        "BPF_CGROUP_ARRAY(cgroups, FILTER_CGROUPS);",
+        "BPF_CGROUP_ARRAY(cgroups, CGROUPS);",
         'BPF_TABLE_PINNED("hash", u64, u64, cgroupmap, 1024, CGROUPMAP);',
         'BPF_TABLE_PINNED("hash", u64, u32, mntnsmap, 1024, MNTNSMAP);',
     )
-    bare = shared.c_program(parse(shared), "kprobe", btf)
+    bare = shared.c_program(parse(shared), "kprobe", None)
     assert [line for line in maps if line in text] == [*maps]
     assert [line for line in maps if line in bare] == []
     assert str(tmp_path) not in text
-
-
-def test_versions_of_ip(shared):
-    for option, version in (("-4", 4), ("-6", 6)):
-        macros = shared.filter_macros(parse(shared, option))
-        assert macros == {"FILTER_IP": version}
-    assert shared.filter_macros(parse(shared)) == {}

@@ -6,34 +6,25 @@ import pathlib
 import subprocess
 
 import pytest
-from conftest import TOOLS, TOP, load
+from conftest import TOP, load
 
 SHARE = "usr/share"
+DOC, COMPLETIONS = f"{SHARE}/doc/tcptools", f"{SHARE}/bash-completion/completions"
+LINK = f"{COMPLETIONS}/tcpaccept"
+# Where each file comes from
 FILES = {
-    "usr/bin/tcpaccept": "-rwxr-xr-x",
-    "usr/bin/tcpconnect": "-rwxr-xr-x",
-    f"{SHARE}/bash-completion/completions/tcpaccept -> tcpconnect": "lrwxrwxrwx",
-    f"{SHARE}/bash-completion/completions/tcpconnect": "-rw-r--r--",
-    f"{SHARE}/doc/tcptools/README.md": "-rw-r--r--",
-    f"{SHARE}/doc/tcptools/changelog.gz": "-rw-r--r--",
-    f"{SHARE}/doc/tcptools/copyright": "-rw-r--r--",
-    f"{SHARE}/doc/tcptools/tcpaccept_example.txt": "-rw-r--r--",
-    f"{SHARE}/doc/tcptools/tcpconnect_example.txt": "-rw-r--r--",
-    f"{SHARE}/man/man8/tcpaccept.8.gz": "-rw-r--r--",
-    f"{SHARE}/man/man8/tcpconnect.8.gz": "-rw-r--r--",
-    f"{SHARE}/zsh/vendor-completions/_tcptools": "-rw-r--r--",
+    "usr/bin/tcpaccept": "tcpaccept",
+    "usr/bin/tcpconnect": "tcpconnect",
+    LINK: "examples/completion.bash",
+    f"{COMPLETIONS}/tcpconnect": "examples/completion.bash",
+    f"{DOC}/README.md": "README.md",
+    f"{DOC}/changelog.gz": ".github/CHANGELOG.md",
+    f"{DOC}/tcpaccept_example.txt": "examples/tcpaccept_example.txt",
+    f"{DOC}/tcpconnect_example.txt": "examples/tcpconnect_example.txt",
+    f"{SHARE}/man/man8/tcpaccept.8.gz": "man/man8/tcpaccept.8",
+    f"{SHARE}/man/man8/tcpconnect.8.gz": "man/man8/tcpconnect.8",
+    f"{SHARE}/zsh/vendor-completions/_tcptools": "examples/_tcptools",
 }
-# What Debian's packages install for commands of these names: bpfcc-tools of 12, 13 and
-# sid (0.26, 0.31, 0.37), libbpf-tools of 12, and of 13 and sid.
-BPFCC_TOOLS = {
-    "usr/sbin/tcpaccept-bpfcc",
-    "usr/sbin/tcpconnect-bpfcc",
-    f"{SHARE}/doc/bpfcc-tools/examples/doc/tcpaccept_example.txt",
-    f"{SHARE}/doc/bpfcc-tools/examples/doc/tcpconnect_example.txt",
-    f"{SHARE}/man/man8/tcpaccept-bpfcc.8.gz",
-    f"{SHARE}/man/man8/tcpconnect-bpfcc.8.gz",
-}
-LIBBPF_TOOLS = {"usr/sbin/tcpconnect", "usr/sbin/tcpconnect-libbpf"}
 
 
 def build(directory, **options):
@@ -47,11 +38,11 @@ def build(directory, **options):
     )
 
 
-def dpkg_deb(*arguments):
+def output(*command, **options):
     done = subprocess.run(
-        ["dpkg-deb", *arguments], capture_output=True, text=True, check=True
+        command, stdout=subprocess.PIPE, text=True, check=True, **options
     )
-    return done.stdout
+    return done.stdout.rstrip("\n")
 
 
 @pytest.fixture(scope="module")
@@ -67,85 +58,58 @@ def package(tmp_path_factory):
 @pytest.fixture(scope="module")
 def unpacked(package, tmp_path_factory):
     directory = tmp_path_factory.mktemp("unpacked")
-    dpkg_deb("--extract", package, directory)
+    output("dpkg-deb", "--raw-extract", package, directory)
     return directory
 
 
-def listed(package):
-    """{path: mode} of its files, all of which are root's; directories are 755."""
-    found = {}
-    for line in dpkg_deb("--contents", package).splitlines():
-        mode, owner, _, _, _, path = line.split(maxsplit=5)
-        assert owner == "root/root" and path.startswith("./")
-        if mode.startswith("d"):
-            assert mode == "drwxr-xr-x"
-        else:
-            found[path[len("./") :]] = mode
-    return found
+def test_files(unpacked):
+    """Each has the repository's contents."""
+    installed = {*FILES, f"{DOC}/copyright"}
+    found = [path for path in unpacked.rglob("*") if not path.is_dir()]
+    assert {str(path.relative_to(unpacked)) for path in found} == {
+        *(*installed, "DEBIAN/control", "DEBIAN/md5sums"),
+    }
+    for path, source in FILES.items():
+        contents = (unpacked / path).read_bytes()
+        if path.endswith(".gz"):
+            contents = gzip.decompress(contents)
+        assert contents == (TOP / source).read_bytes()
+    check = ["md5sum", "--check", "--strict", "--quiet", "DEBIAN/md5sums"]
+    output(*check, cwd=unpacked)
+    sums = (unpacked / "DEBIAN/md5sums").read_text().splitlines()
+    assert {line.split()[1] for line in sums} == installed - {LINK}
 
 
-def test_files(package):
-    assert listed(package) == FILES
-
-
-def test_no_path_is_another_packages(package):
-    paths = {path.partition(" -> ")[0] for path in listed(package)}
-    assert paths.isdisjoint(BPFCC_TOOLS | LIBBPF_TOOLS)
+def test_modes(package):
+    lines = map(str.split, output("dpkg-deb", "--contents", package).splitlines())
+    found = {path: (mode, owner) for mode, owner, _, _, _, path, *_ in lines}
+    modes = {"drwxr-xr-x", "-rwxr-xr-x", "-rw-r--r--", "lrwxrwxrwx"}
+    assert set(found.values()) == {(mode, "root/root") for mode in modes}
+    programs = {path for path, (mode, _) in found.items() if mode == "-rwxr-xr-x"}
+    assert programs == {"./usr/bin/tcpaccept", "./usr/bin/tcpconnect"}
 
 
 def test_control(package):
-    def field(name):
-        return dpkg_deb("--field", package, name).rstrip("\n")
-
-    assert field("Package") == "tcptools"
-    assert field("Version") == load("tcpconnect").VERSION
-    assert field("Architecture") == "all"
-    assert field("Depends") == "python3 (>= 3.9), python3-bpfcc (>= 0.18)"
-    for name in ("Recommends", "Conflicts", "Replaces", "Provides"):
-        assert field(name) == ""
-    synopsis, *description = field("Description").splitlines()
-    assert len(synopsis) < 80 and len(description) > 2
-    # dpkg -r has nothing to do but to remove the files
-    scripts = dpkg_deb("--info", package)
-    assert "postinst" not in scripts and "prerm" not in scripts
-
-
-def test_contents_are_the_repositorys(unpacked):
-    for name in TOOLS:
-        copy = unpacked / "usr/bin" / name
-        assert copy.read_bytes() == (TOP / name).read_bytes()
-        page = unpacked / SHARE / f"man/man8/{name}.8.gz"
-        source = TOP / f"man/man8/{name}.8"
-        assert gzip.decompress(page.read_bytes()) == source.read_bytes()
-        completion = unpacked / SHARE / "bash-completion/completions" / name
-        source = TOP / "examples/completion.bash"
-        assert completion.read_bytes() == source.read_bytes()
-    completion = unpacked / SHARE / "zsh/vendor-completions/_tcptools"
-    assert completion.read_bytes() == (TOP / "examples/_tcptools").read_bytes()
-    changes = unpacked / SHARE / "doc/tcptools/changelog.gz"
-    source = TOP / ".github/CHANGELOG.md"
-    assert gzip.decompress(changes.read_bytes()) == source.read_bytes()
-
-
-def test_checksums(package, unpacked, tmp_path):
-    dpkg_deb("--control", package, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"control", "md5sums"}
-    check = ["md5sum", "--check", "--strict", "--quiet", tmp_path / "md5sums"]
-    subprocess.run(check, cwd=unpacked, check=True)
-    count = len((tmp_path / "md5sums").read_text().splitlines())
-    assert count == sum(path.is_file() for path in unpacked.rglob("*")) - 1  # a link
+    fields = "Package", "Version", "Architecture", "Depends", "Recommends"
+    found = output("dpkg-deb", "--field", package, *fields)
+    assert found.splitlines() == [
+        "Package: tcptools",
+        f"Version: {load('tcpconnect').VERSION}",
+        "Architecture: all",
+        "Depends: python3 (>= 3.9), python3-bpfcc (>= 0.18)",
+    ]
 
 
 def test_man_finds_the_page(name, unpacked):
-    command = ["man", "-M", unpacked / SHARE / "man", "-w", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
     page = unpacked / SHARE / f"man/man8/{name}.8.gz"
-    assert pathlib.Path(done.stdout.rstrip("\n")) == page
+    found = output("man", "-M", unpacked / SHARE / "man", "-w", name)
+    assert pathlib.Path(found) == page
 
 
 def test_built_again_it_is_the_same(package, tmp_path):
-    """From another directory, with another umask."""
-    done = build(".", cwd=tmp_path, preexec_fn=lambda: os.umask(0o077))
+    """From another directory, with another umask, and in another group."""
+    options = {"group": 65534} if os.geteuid() == 0 else {}
+    done = build(".", cwd=tmp_path, umask=0o077, **options)
     assert done.returncode == 0, done.stderr
     (again,) = tmp_path.iterdir()
     assert done.stdout == f"{again}\n"

@@ -1,12 +1,11 @@
 """Each two options work together, or are refused together."""
 
 import itertools
-import re
 
-from conftest import help_of, load, run
-from test_arguments import only_error
+from conftest import load, option_names
+from test_arguments import usage_error
 
-LINES = load("tests/guest/pairs.py").LINES  # run by tests/guest/test_pairs.py
+LINES = load("tests/guest/command_lines.py").LINES
 EVENTS = "--dns --queue --failed --latency --min-ms --json --buffer-pages"
 COUNT = "-c/--count cannot be combined with {other}"
 REFUSED = {
@@ -15,19 +14,15 @@ REFUSED = {
 }
 
 
-def option_names(tool):
-    """All options in the help, each as a list of its names: -p, --pid.
-
-    But not those that print something and exit, whatever else is given.
-    """
-    lines = re.findall(r"^  (-.+?)(?:  |$)", help_of(tool), re.MULTILINE)
-    names = [re.findall(r"(?<!\S)--?\w[\w-]*", line) for line in lines]
-    return [of_one for of_one in names if of_one[-1] not in ("--help", "--version")]
+def traced_options(tool):
+    """All but those that print something and exit, whatever else is given."""
+    others = (["-h", "--help"], ["-V", "--version"])
+    return [names for names in option_names(tool) if names not in others]
 
 
 def long_names(tool):
     """{an option as -p or --pid: as --pid}."""
-    return {one: names[-1] for names in option_names(tool) for one in names}
+    return {one: names[-1] for names in traced_options(tool) for one in names}
 
 
 def pairs(options):
@@ -36,7 +31,7 @@ def pairs(options):
 
 def refusals(tool):
     """{pair of options, by their long names: the error that they are}."""
-    named = {names[-1]: "/".join(names) for names in option_names(tool)}
+    named = {names[-1]: "/".join(names) for names in traced_options(tool)}
     return {
         frozenset((one, other)): error.format(one=named[one], other=named[other])
         for one, (others, error) in REFUSED.items()
@@ -57,15 +52,11 @@ def test_no_pair_is_missing(name, tool):
     assert every - set.union(*together) == set(refusals(tool))
 
 
-def test_refused_pairs(name, tool):
-    """One line names both, below the usage, before anything is done."""
+def test_refused_pairs(name, tool, capfd):
+    """One line names both."""
     refused = refusals(tool)
     assert len(refused) == {"tcpconnect": 19, "tcpaccept": 10}[name]
+    values = {"--buffer-pages": ["8"], "--interval": ["3"], "--min-ms": ["0"]}
     for pair, error in refused.items():
-        words = " ".join(sorted(pair))
-        words = words.replace("--buffer-pages", "--buffer-pages 8")
-        words = words.replace("--interval", "--interval 3")
-        words = words.replace("--min-ms", "--min-ms 0").split()
-        done = run(name, *words)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert only_error(name, done.stderr) == error
+        words = [word for one in sorted(pair) for word in (one, *values.get(one, ()))]
+        assert usage_error(tool, capfd, *words) == error

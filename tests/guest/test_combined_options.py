@@ -1,9 +1,8 @@
-"""Each two options together, in the command lines of pairs.py, on real traffic: each
+"""Each two options together, in the lines of command_lines.py, on real traffic: each
 filter alone hides some of it.
 """
 
 import contextlib
-import ctypes
 import errno
 import json
 import os
@@ -11,13 +10,12 @@ import re
 import socket
 
 import pytest
-from conftest import IPV4, IPV6, Worker, best_method, only_on, own_comm, row
-from pairs import LINES
+from command_lines import LINES
+from conftest import IPV4, IPV6, Worker, best_method, only_on, own_comm, row, until
+from test_cgroup_filters import make_map
 from test_columns import ask, without_age, without_latency
-from test_filters import make_map
-from test_kinds import CLONE_NEWNS
 from test_options import NOBODY
-from traffic import waiting
+from traffic import leave_mount_namespace, waiting
 
 BACKLOG = 17
 NAMES = {4: "www.example.com", 6: "six.example.com"}
@@ -55,10 +53,10 @@ def visit(server, ip, count, address=None):
                     "error": error,
                 }
             )
-        while listens and waiting(server) < count:
-            os.sched_yield()
-        for _ in range(count if listens else 0):
-            server.accept()[0].close()
+        if listens:
+            until(f"{count} connections", lambda: waiting(server) == count)
+            for _ in range(count):
+                server.accept()[0].close()
     return known
 
 
@@ -67,59 +65,64 @@ def visit_all(go, uid, mount_namespace, visits):
     os.read(go, 1)
     os.sched_setaffinity(0, {0})
     if mount_namespace:
-        assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
+        leave_mount_namespace()
     os.setresuid(uid, uid, uid)
     ask(NAMES[4])
     ask(NAMES[6], "AAAA")
     return [known for args in visits for known in visit(*args)]
 
 
+def visited_servers():
+    """[one that listens, one that does not, two others], and all visits to them."""
+    servers = [socket.socket(socket.AF_INET6) for _ in range(4)]  # IPv4 too
+    for server in servers:
+        server.bind(("::", 0))
+    listening, closed, *others = servers
+    for server in (listening, others[0]):
+        server.listen(BACKLOG)
+    visits = [(server, ip, 1) for server in others for ip in (4, 6)]
+    visits += [(listening, 4, 5), (listening, 6, 3), (closed, 4, 2), (closed, 6, 7)]
+    # Not in -a
+    visits += [(listening, 4, 1, "127.0.0.1"), (listening, 6, 1, "::1")]
+    visits += [(closed, 4, 1, "127.0.0.1"), (closed, 6, 1, "::1")]
+    return servers, visits
+
+
+def start_visitors(cgroup, elsewhere, visits):
+    """[(worker, the pipe that signals it)]: each but the last fails one filter."""
+    workers = []
+    for comm, directory, uid, mount_namespace in (
+        (b"it", cgroup, NOBODY, False),  # not in -p
+        (b"it", cgroup, 0, False),  # not in -u
+        (b"its", cgroup, NOBODY, False),  # not in -n
+        (b"it", elsewhere, NOBODY, False),  # not in --cgroup
+        (b"it", cgroup / "below", NOBODY, False),  # not in --cgroupmap
+        (b"it", cgroup, NOBODY, True),  # not in --mntnsmap
+        (b"it", cgroup, NOBODY, False),  # wanted
+    ):
+        directory.mkdir(exist_ok=True)
+        reader, go = os.pipe()
+        worker = Worker(comm, visit_all, reader, uid, mount_namespace, visits)
+        (directory / "cgroup.procs").write_text(str(worker.pid))
+        workers.append((worker, go))
+    return workers
+
+
 @pytest.fixture
 def trace(start, cgroups, bpffs, names):
     """trace(name) gives the tools of all its lines, after the traffic, and what all
-    filters but -4 and -6 let through.
-
-    That is what one process does at two ports. Each other process does the same but for
-    one filter that it fails.
+    filters but -4 and -6 let through: what one process does at two ports.
     """
 
     def run_lines(name):
-        servers = [socket.socket(socket.AF_INET6) for _ in range(4)]  # IPv4 too
-        for server in servers:
-            server.bind(("::", 0))
-        listening, closed, *others = servers
-        for server in (listening, others[0]):
-            server.listen(BACKLOG)
-        visits = [(server, ip, 1) for server in others for ip in (4, 6)]
-        visits += [(listening, 4, 5), (listening, 6, 3), (closed, 4, 2), (closed, 6, 7)]
-        # Not in -a
-        visits += [(listening, 4, 1, "127.0.0.1"), (listening, 6, 1, "::1")]
-        visits += [(closed, 4, 1, "127.0.0.1"), (closed, 6, 1, "::1")]
-
+        servers, visits = visited_servers()
+        ports = [server.getsockname()[1] for server in servers[:2]]
         cgroup, elsewhere = cgroups / UNIT, cgroups / "elsewhere"
-        below = cgroup / "below"
-        workers = []
-        for comm, directory, uid, mount_namespace in (
-            (b"it", cgroup, NOBODY, False),  # not in -p
-            (b"it", cgroup, 0, False),  # not in -u
-            (b"its", cgroup, NOBODY, False),  # not in -n
-            (b"it", elsewhere, NOBODY, False),  # not in --cgroup
-            (b"it", below, NOBODY, False),  # not in --cgroupmap
-            (b"it", cgroup, NOBODY, True),  # not in --mntnsmap
-            (b"it", cgroup, NOBODY, False),  # wanted
-        ):
-            directory.mkdir(exist_ok=True)
-            reader, go = os.pipe()
-            worker = Worker(comm, visit_all, reader, uid, mount_namespace, visits)
-            (directory / "cgroup.procs").write_text(str(worker.pid))
-            workers.append((worker, go))
-
+        workers = start_visitors(cgroup, elsewhere, visits)
         inodes = [directory.stat().st_ino for directory in (cgroup, elsewhere)]
         here = os.stat("/proc/self/ns/mnt").st_ino
-        pids = [worker.pid for worker, _ in workers[1:]]
-        ports = [server.getsockname()[1] for server in (listening, closed)]
         values = {
-            "pids": ",".join(map(str, pids)),
+            "pids": ",".join(str(worker.pid) for worker, _ in workers[1:]),
             "ports": ",".join(map(str, ports)),
             "four": IPV4,
             "six": IPV6,

@@ -10,7 +10,7 @@ import subprocess
 import threading
 
 import pytest
-from conftest import TOP, only_on, until
+from conftest import DEADLINE, TOP, only_on, until
 from traffic import connect_refused, run_mixed_traffic
 
 FLEET = TOP / "examples/fleet"
@@ -72,18 +72,23 @@ def systemd():
         children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
         enter = (
             "nsenter",
-            f"--target={until(children.read_text).strip()}",
+            f"--target={until('systemd', children.read_text).strip()}",
             *namespaces,
         )
 
         def run(*command):
             command = [*enter, *command]
             return subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, check=False
+                command,
+                stdout=subprocess.PIPE,
+                text=True,
+                timeout=DEADLINE,
+                check=False,
             ).stdout
 
         try:
-            until(lambda: run("systemctl", "is-system-running") == "running\n")
+            state = ("systemctl", "is-system-running")
+            until("systemd to be running", lambda: run(*state) == "running\n")
             yield run
         except BaseException:
             print(run("journalctl", "--namespace=*", "--boot", "--no-hostname"))
@@ -124,11 +129,62 @@ def database():
             yield server.server_port
         finally:
             server.shutdown()
-            thread.join()
+            thread.join(DEADLINE)
 
 
-def status_of(text):
-    return dict(line.split(":\t", 1) for line in text.splitlines())
+class Unit:
+    """A unit of that systemd."""
+
+    def __init__(self, run, name):
+        self.run, self.name = run, name
+
+    def lines(self):
+        where = ("--namespace=tcptools", "--output=cat", f"--unit={self.name}")
+        return self.run("journalctl", *where).splitlines()
+
+    def rows(self):
+        return [json.loads(line) for line in self.lines() if line.startswith("{")]
+
+    def wait_for_rows(self, count):
+        until(f"{count} rows of {self.name}", lambda: len(self.rows()) == count)
+        return self.rows()
+
+    def wait_for_start(self, number):
+        def starts():
+            return sum(line.endswith(": tracing") for line in self.lines())
+
+        until(f"start {number} of {self.name}", lambda: starts() == number)
+
+    def pid(self):
+        what = ("--value", "--property=MainPID", self.name)
+        return self.run("systemctl", "show", *what).strip()
+
+    def status(self):
+        """/proc/PID/status of its process."""
+        text = self.run("cat", f"/proc/{self.pid()}/status")
+        return dict(line.split(":\t", 1) for line in text.splitlines())
+
+
+def columns(rows):
+    """Of objects: what a table has of them."""
+    keys = ("pid", "comm", "ip", "saddr", "daddr", "dport")
+    return [[str(row[key]) for key in keys] for row in rows]
+
+
+def check_rows(connecting, failing, accepting):
+    """Of traffic that is known."""
+    connects, accepts = run_mixed_traffic()
+    port = connect_refused("127.0.0.1")
+    *connected, _ = connecting.wait_for_rows(len(connects) + 1)
+    assert columns(connected) == [row.split() for row in connects]
+    accepted = accepting.wait_for_rows(len(accepts))
+    assert columns(accepted) == [row.split() for row in accepts]
+    *immediate, later = [
+        (row["event"], row["comm"], row["dport"], row["error"])
+        for row in failing.wait_for_rows(IMMEDIATE + 1)
+    ]
+    assert immediate == [("connect_failed", "noise", 9, "ENETUNREACH")] * IMMEDIATE
+    assert later == ("connect_failed", "python3", port, "ECONNREFUSED")
 
 
 @only_on("sid")
@@ -138,69 +194,29 @@ def test_units():
     killed one comes back.
     """
     with systemd() as run:
-
-        def lines(unit):
-            text = run(
-                "journalctl", "--namespace=tcptools", "--output=cat", f"--unit={unit}"
-            )
-            return text.splitlines()
-
-        def rows(unit):
-            return [json.loads(line) for line in lines(unit) if line.startswith("{")]
-
-        def starts(unit):
-            return sum(line.endswith(": tracing") for line in lines(unit))
-
-        def pid_of(unit):
-            return run(
-                "systemctl", "show", "--value", "--property=MainPID", unit
-            ).strip()
-
+        units = [Unit(run, name) for name in UNITS]
         # Which prints when tracing is on
         run("systemctl", "set-environment", "TCPTOOLS_DEBUG=1")
         run("systemctl", "start", *UNITS)
-        for unit in UNITS:
-            until(lambda unit=unit: starts(unit) == 1)
-            status = status_of(run("cat", f"/proc/{pid_of(unit)}/status"))
+        for unit in units:
+            unit.wait_for_start(1)
+            status = unit.status()
             for which in ("CapEff", "CapPrm", "CapBnd", "CapAmb"):
                 assert int(status[which], 16) == sum(
                     1 << cap for cap in (CAP_DAC_READ_SEARCH, CAP_PERFMON, CAP_BPF)
                 )
             assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
             assert "0" not in status["Uid"].split()
-
-        connects, accepts = run_mixed_traffic()
-        port = connect_refused("127.0.0.1")
-        until(lambda: len(rows("tcptools-connect")) == len(connects) + 1)
-        until(lambda: len(rows("tcptools-accept")) == len(accepts))
-        until(lambda: len(rows("tcptools-failed")) == IMMEDIATE + 1)
-        *immediate, later = [
-            (row["event"], row["comm"], row["dport"], row["error"])
-            for row in rows("tcptools-failed")
-        ]
-        assert immediate == [("connect_failed", "noise", 9, "ENETUNREACH")] * IMMEDIATE
-        assert later == ("connect_failed", "python3", port, "ECONNREFUSED")
-        shown = [row.split() for row in connects]
-        seen = rows("tcptools-connect")[:-1]
-        assert [
-            [str(row[key]) for key in ("pid", "comm", "ip", "saddr", "daddr", "dport")]
-            for row in seen
-        ] == shown
-        shown = [row.split() for row in accepts]
-        seen = rows("tcptools-accept")
-        assert [
-            [str(row[key]) for key in ("pid", "comm", "ip", "saddr", "daddr", "dport")]
-            for row in seen
-        ] == shown
+        check_rows(*units)
 
         # They may open a cgroup by its number
         run("systemctl", "start", "probe")
-        path = "/system.slice/probe.service"
-        until(lambda: path in {row.get("cgroup_path") for row in rows(UNITS[0])})
+        path, connecting = "/system.slice/probe.service", units[0]
+        until(path, lambda: path in {r.get("cgroup_path") for r in connecting.rows()})
         run("systemctl", "stop", "probe")
 
-        run("kill", "-9", pid_of(UNITS[0]))
-        until(lambda: starts(UNITS[0]) == 2)
+        run("kill", "-9", connecting.pid())
+        connecting.wait_for_start(2)
         run("systemctl", "stop", *UNITS)
         assert run("systemctl", "list-units", "--failed", "--no-legend") == ""
 
@@ -247,7 +263,7 @@ def test_shipper():
         install_shipper(f"http://127.0.0.1:{port}")
         with systemd() as run:
             run("systemctl", "start", *UNITS, SHIPPER)
-            until(lambda: len(sent()) >= len(rows))
+            until("all rows", lambda: len(sent()) >= len(rows))
             said = run("journalctl", "--output=cat", f"--unit={SHIPPER}")
             run("systemctl", "stop", SHIPPER)
     assert set(sent()) == rows

@@ -1,7 +1,7 @@
 """Command lines in which each two options that make sense together are together at
 least once.
 
-tests/guest/test_pairs.py runs them on real traffic, tests/host/test_pairs.py looks
+tests/guest/test_combined_options.py runs them on real traffic; a host test looks
 whether a pair is missing.
 """
 

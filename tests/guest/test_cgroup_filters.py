@@ -1,25 +1,23 @@
 """Which processes: --cgroup, --cgroupmap and --mntnsmap."""
 
-import ctypes
 import os
 import pathlib
+import shlex
 import subprocess
-import time
 
-import pytest
 from conftest import (
     BTF,
     DEADLINE,
-    TOOLS,
     TOP,
     Worker,
-    best_method_only,
+    best_method,
+    failures,
     hide,
     only_at_both_ends,
     row,
     show,
 )
-from test_kinds import CLONE_NEWNS, connect_to_itself
+from traffic import connect_to_itself, leave_mount_namespace
 
 pytestmark = only_at_both_ends
 
@@ -42,8 +40,7 @@ def after(go, namespace, count):
     """
     os.read(go, 1)
     if namespace:
-        libc = ctypes.CDLL(None, use_errno=True)
-        assert libc.unshare(CLONE_NEWNS) == 0
+        leave_mount_namespace()
     return connect_to_itself(count)
 
 
@@ -65,8 +62,7 @@ class Group:
         return [row(pid, "member", 4, "127.0.0.1", "127.0.0.1", port)] * self.count
 
 
-@best_method_only
-def test_cgroups(start, cgroups, method):
+def test_cgroups(start, cgroups):
     """A cgroup and all below it, several, by path, by the path below the mount point,
     and as a unit.
     """
@@ -75,29 +71,20 @@ def test_cgroups(start, cgroups, method):
     near = Group(cgroups / "system.slice" / "web.service2", 2)
     other = Group(cgroups / "other", 7)
     outside = Group(cgroups, 11)
-    by_unit, by_path, several, whole = tools = start(
+    by_path = f"--cgroup /system.slice/web.service/worker --cgroup {cgroups}"
+    by_unit, several, whole = tools = start(
         "tcpconnect --cgroup web",
-        "tcpaccept --cgroup /system.slice/web.service/worker",
-        f"tcpaccept --cgroup other --cgroup {cgroups}/system.slice/web.service2",
+        f"tcpaccept --cgroup other {by_path}/system.slice/web.service2",
         f"tcpconnect --cgroup {cgroups}",
-        TCPTOOLS_METHOD=method,
+        TCPTOOLS_METHOD=best_method(),
     )
     web, below, near, other, outside = (
         group.rows() for group in (web, below, near, other, outside)
     )
     assert by_unit.stop() == web + below
-    assert by_path.stop() == below
-    assert several.stop() == near + other
+    assert several.stop() == below + near + other
     assert whole.stop() == web + below + near + other + outside
-    assert [tool.complaints() for tool in tools] == [[]] * 4
-
-
-def wait_for(tool, text):
-    """Wait until the tool has printed this on stderr."""
-    deadline = time.monotonic() + DEADLINE
-    while text not in tool.err.read_text():
-        assert time.monotonic() < deadline, tool.err.read_text()
-        time.sleep(0.05)
+    assert [tool.complaints() for tool in tools] == [[]] * 3
 
 
 def test_a_service_that_restarts(start, cgroups):
@@ -112,10 +99,10 @@ def test_a_service_that_restarts(start, cgroups):
     rows = first.rows()
     directory.rmdir()
     for tool in tools:
-        wait_for(tool, "/web.service was removed\n")
+        tool.wait_for("/web.service was removed\n")
     second = Group(directory, 5)
     for tool in tools:
-        wait_for(tool, "/web.service was recreated; its first events were missed\n")
+        tool.wait_for("/web.service was recreated; its first events were missed\n")
     outside.rows()
     rows += second.rows()
     assert connecting.stop() == rows
@@ -126,8 +113,7 @@ def test_a_service_that_restarts(start, cgroups):
     ]
 
 
-@best_method_only
-def test_maps(start, cgroups, bpffs, method):
+def test_maps(start, cgroups, bpffs):
     """As bcc's tools take them: what is in the map, not what is below it.
 
     Both together want both.
@@ -137,70 +123,49 @@ def test_maps(start, cgroups, bpffs, method):
     elsewhere = Group(cgroups / "inside", 7, namespace=True)
     ids = [(cgroups / name).stat().st_ino for name in ("inside", "inside/below")]
     mntns = os.stat("/proc/self/ns/mnt").st_ino
-    one = make_map(bpffs / 'a "map"', ids=ids[:1])
+    one = shlex.quote(str(make_map(bpffs / 'a "map"', ids=ids[:1])))
     both = make_map(bpffs / "both", ids=ids)
     here = make_map(bpffs / "here", value=4, ids=[mntns])
-    filters = [
-        ["--cgroupmap", one],
-        ["--mntnsmap", here, "--cgroupmap", both],
-        ["--mntnsmap", here, "--cgroupmap", one],
-    ]
-    processes = [
-        subprocess.Popen(
-            [TOP / name, *options],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TCPTOOLS_METHOD": method},
-        )
-        for options in filters
-        for name in TOOLS
-    ]
-    for process in processes:
-        assert process.stdout.readline().startswith("PID ")
+    tools = start(
+        f"tcpaccept --cgroupmap {one}",
+        f"tcpconnect --mntnsmap {here} --cgroupmap {both}",
+        f"tcpaccept --mntnsmap {here} --cgroupmap {one}",
+        TCPTOOLS_METHOD=best_method(),
+    )
     inside, below, elsewhere = (g.rows() for g in (inside, below, elsewhere))
     wanted = [inside + elsewhere, inside + below, inside]
-    for number, process in enumerate(processes):
-        process.terminate()
-        rows = process.communicate(timeout=DEADLINE)[0].splitlines()
-        assert (number, process.returncode, rows) == (number, 0, wanted[number // 2])
+    assert [tool.stop() for tool in tools] == wanted
+    assert [tool.complaints() for tool in tools] == [[]] * 3
 
 
-@pytest.mark.parametrize("option", ["--cgroupmap", "--mntnsmap"])
-def test_what_is_no_map_of_ids(bpffs, option):
+def test_what_is_no_map_of_ids(bpffs):
     files = [
         make_map(bpffs / "short", key=4),
         make_map(bpffs / "array", kind="array", key=4),
         pathlib.Path("/etc/passwd"),
     ]
-    for name in TOOLS:
-        for file in files:
-            done = subprocess.run(
-                [TOP / name, option, file], capture_output=True, text=True, check=False
-            )
-            assert (done.returncode, done.stdout) == (1, "")
-            assert done.stderr == (
-                f"{name}: error: {file} is not a pinned BPF hash map with 8-byte keys; "
-                "create one with: bpftool map create FILE type hash key 8 value 8 "
-                "entries 128 name ids\n"
-            )
+    commands = {
+        f"{command} {file}": (command.split()[0], file)
+        for command in ("tcpconnect --cgroupmap", "tcpaccept --mntnsmap")
+        for file in files
+    }
+    assert failures(commands) == {
+        command: f"{name}: error: {file} is not a pinned BPF hash map with 8-byte "
+        "keys; create one with: bpftool map create FILE type hash key 8 value 8 "
+        "entries 128 name ids\n"
+        for command, (name, file) in commands.items()
+    }
 
 
 def test_mntnsmap_needs_btf(bpffs):
-    pinned = make_map(bpffs / "ids", value=4)
+    command = f"tcpaccept --mntnsmap {make_map(bpffs / 'ids', value=4)}"
     hide("/sys/kernel/btf")
     try:
-        done = subprocess.run(
-            [TOP / "tcpaccept", "--mntnsmap", pinned],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        said = failures([command])
     finally:
         show("/sys/kernel/btf")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        f"tcpaccept: error: --mntnsmap needs the kernel's BTF ({BTF})\n"
-    )
+    error = f"tcpaccept: error: --mntnsmap needs the kernel's BTF ({BTF})\n"
+    assert said == {command: error}
 
 
 def test_a_unit_of_two_names_nothing(cgroups):
@@ -210,6 +175,7 @@ def test_a_unit_of_two_names_nothing(cgroups):
         [TOP / "tcpconnect", "--cgroup", "app"],
         capture_output=True,
         text=True,
+        timeout=DEADLINE,
         check=False,
     )
     assert done.returncode == 2

@@ -16,7 +16,7 @@ import socket
 import subprocess
 
 import pytest
-from conftest import Worker, only_on
+from conftest import Worker, only_on, read_byte
 from traffic import LINGER_0
 
 RESULTS = pathlib.Path("/mnt/rw/fleet")
@@ -167,7 +167,7 @@ class Fleet:
     def serve(self, host, comm, *listening):
         reader, writer = os.pipe()
         worker = Worker(comm.encode(), serve, host, self.cgroups, listening, writer)
-        assert os.read(reader, 1) == b"."
+        read_byte(reader, f"{comm}'s sockets")
         self.servers.append(worker.pid)
 
     def connect(
@@ -262,86 +262,101 @@ def test_three_hosts(start, cgroups):
     (RESULTS / "done").write_text(json.dumps(fleet.done))
 
 
+WEB, APP, DB, EXTERNAL = (ADDRESSES[host][0] for host in HOSTS)
+WEB6, APP6 = ADDRESSES["web1"][1], ADDRESSES["app2"][1]
+LOCAL = "127.0.0.1"
+
+
 def work(fleet):
     """All that is done; returns {host: its tools}, which have exited."""
-    web, app, db, external = (ADDRESSES[host][0] for host in HOSTS)
-    web6, app6 = ADDRESSES["web1"][1], ADDRESSES["app2"][1]
-    local = "127.0.0.1"
-    fleet.serve("web1", "nginx", (web, 80), (web6, 80), (local, 8080))
-    fleet.serve("app2", "gunicorn", (app, 8000), (app6, 8000), (app, 8001))
-    fleet.serve("db3", "postgres", ("::", 5432), (local, 8080))
-    fleet.serve("external", "mail", (external, 25))
+    fleet.serve("web1", "nginx", (WEB, 80), (WEB6, 80), (LOCAL, 8080))
+    fleet.serve("app2", "gunicorn", (APP, 8000), (APP6, 8000), (APP, 8001))
+    fleet.serve("db3", "postgres", ("::", 5432), (LOCAL, 8080))
+    fleet.serve("external", "mail", (EXTERNAL, 25))
 
     web_tools = fleet.tools("web1", "tcpconnect", "tcpaccept", "tcpconnect -x")
     app_tools = fleet.tools("app2", "tcpconnect", "tcpaccept")
     # Before db3's tools are on
     fleet.connect(
-        11, "app2", "migrate", "db3", "postgres", db, 5432, seen=(True, False)
+        11, "app2", "migrate", "db3", "postgres", DB, 5432, seen=(True, False)
     )
     db_tools = fleet.tools("db3", "tcpconnect", "tcpaccept")
+    work_between_hosts(fleet)
+    work_with_the_same_ports(fleet)
+    work_with_translation(fleet)
+    work_with_the_external_host(fleet)
 
-    fleet.connect(23, "web1", "nginx-worker", "app2", "gunicorn", app, 8000)
-    fleet.connect(19, "web1", "nginx-worker", "app2", "gunicorn", app6, 8000)
+    for tool in app_tools:
+        tool.end()
+    fleet.connect(
+        41, "web1", "deploy", "app2", "gunicorn", APP, 8000, seen=(True, False)
+    )
+    fleet.connect(43, "app2", "deploy", "web1", "nginx", WEB6, 80, seen=(False, True))
+    app_tools += fleet.tools("app2", "tcpconnect", "tcpaccept")
+    fleet.connect(47, "web1", "monitor", "app2", "gunicorn", APP, 8000)
+    fleet.connect(53, "app2", "monitor", "web1", "nginx", WEB6, 80)
+
+    logs = {"web1": web_tools, "app2": app_tools, "db3": db_tools}
+    for tool in (*web_tools, *app_tools[2:], *db_tools):
+        tool.end()
+    return logs
+
+
+def work_between_hosts(fleet):
+    fleet.connect(23, "web1", "nginx-worker", "app2", "gunicorn", APP, 8000)
+    fleet.connect(19, "web1", "nginx-worker", "app2", "gunicorn", APP6, 8000)
     fleet.connect(
         7,
         "app2",
         "gunicorn",
         "db3",
         "postgres",
-        f"::ffff:{db}",
+        f"::ffff:{DB}",
         5432,
         family=socket.AF_INET6,
     )
-    fleet.connect(5, "app2", "gunicorn", "web1", "nginx", web, 80)
-    fleet.connect(2, "web1", "healthcheck", "web1", "nginx", web, 80)
-    # The same four addresses and ports on two hosts
-    fleet.connect(
-        3, "web1", "statsd", "web1", "nginx", local, 8080, ports=[40001, 40002, 40003]
-    )
-    fleet.connect(
-        3, "db3", "statsd", "db3", "postgres", local, 8080, ports=[40001, 40002, 40003]
-    )
-    # The same four addresses and ports, over and over, by two processes
-    fleet.connect(31, "web1", "celery", "app2", "gunicorn", app, 8001, ports=[45000])
-    fleet.connect(29, "web1", "flower", "app2", "gunicorn", app, 8001, ports=[45000])
-    # Translated on the way: a service address, masquerading, and masquerading that
-    # changes the port
+    fleet.connect(5, "app2", "gunicorn", "web1", "nginx", WEB, 80)
+    fleet.connect(2, "web1", "healthcheck", "web1", "nginx", WEB, 80)
+
+
+def work_with_the_same_ports(fleet):
+    """The same four addresses and ports: on two hosts; over and over, by two
+    processes.
+    """
+    ports = [40001, 40002, 40003]
+    fleet.connect(3, "web1", "statsd", "web1", "nginx", LOCAL, 8080, ports=ports)
+    fleet.connect(3, "db3", "statsd", "db3", "postgres", LOCAL, 8080, ports=ports)
+    fleet.connect(31, "web1", "celery", "app2", "gunicorn", APP, 8001, ports=[45000])
+    fleet.connect(29, "web1", "flower", "app2", "gunicorn", APP, 8001, ports=[45000])
+
+
+def work_with_translation(fleet):
+    """A service address, masquerading, and masquerading that changes the port."""
     fleet.connect(
         *(59, "web1", "cart", "app2", "gunicorn", SERVICE, 80),
         nat="dnat",
-        at_server=(web, app, 8000),
+        at_server=(WEB, APP, 8000),
     )
     fleet.connect(
-        *(61, "web1", "worker", "app2", "gunicorn", app, 8000),
+        *(61, "web1", "worker", "app2", "gunicorn", APP, 8000),
         container="container",
         nat="snat",
-        at_server=(web, app, 8000),
+        at_server=(WEB, APP, 8000),
     )
     fleet.connect(
-        *(67, "web1", "mailer", "app2", "gunicorn", app, 8001),
+        *(67, "web1", "mailer", "app2", "gunicorn", APP, 8001),
         container="container",
         nat=None,
-        at_server=(web, app, 8001),
+        at_server=(WEB, APP, 8001),
     )
+
+
+def work_with_the_external_host(fleet):
+    """A port where nobody listens, and a host that is not traced."""
     fleet.refused(13, "web1", "nginx-worker", "app2", 81)
     fleet.connect(
-        17, "external", "scanner", "web1", "nginx", web, 80, seen=(False, True)
+        17, "external", "scanner", "web1", "nginx", WEB, 80, seen=(False, True)
     )
     fleet.connect(
-        37, "db3", "backup", "external", "mail", external, 25, seen=(True, False)
+        37, "db3", "backup", "external", "mail", EXTERNAL, 25, seen=(True, False)
     )
-
-    for tool in app_tools:
-        tool.end()
-    fleet.connect(
-        41, "web1", "deploy", "app2", "gunicorn", app, 8000, seen=(True, False)
-    )
-    fleet.connect(43, "app2", "deploy", "web1", "nginx", web6, 80, seen=(False, True))
-    app_tools += fleet.tools("app2", "tcpconnect", "tcpaccept")
-    fleet.connect(47, "web1", "monitor", "app2", "gunicorn", app, 8000)
-    fleet.connect(53, "app2", "monitor", "web1", "nginx", web6, 80)
-
-    logs = {"web1": web_tools, "app2": app_tools, "db3": db_tools}
-    for tool in (*web_tools, *app_tools[2:], *db_tools):
-        tool.end()
-    return logs

@@ -15,20 +15,25 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 from conftest import (
-    METHODS,
+    DEADLINE,
     TOOLS,
     Tool,
     Worker,
+    best_method,
     mounted_cgroups,
+    only_at_both_ends,
     own_comm,
     row,
     until,
 )
 from traffic import connect_often, lost
+
+pytestmark = only_at_both_ends
 
 IPV6_FREEBIND = 78  # linux/in6.h
 TOPS = [ipaddress.ip_network(top) for top in ("10.0.0.0/8", "2001:db8:ffff::/48")]
@@ -188,7 +193,9 @@ def load(server, counting):
     """
     done = {}
     address = server.getsockname()
+    deadline = time.monotonic() + DEADLINE
     while not all(has_tables(tool, 3) for tool in counting):
+        assert time.monotonic() < deadline, f"waited {DEADLINE} s for three tables"
         workers = [
             (Worker(b"client", connect_often, *address, count), count)
             for count in (101, 110)
@@ -220,11 +227,11 @@ def all_addresses_local():
         subprocess.run(["ip", *route.format("del").split()], check=True)
 
 
-@pytest.fixture(scope="module", params=METHODS)
-def seen(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
     """What is known of all connections, and the tools, which have exited."""
     with mounted_cgroups(tmp_path_factory.mktemp("cgroup2")) as top:
-        yield see(tmp_path_factory, request.param, top)
+        yield see(tmp_path_factory, best_method(), top)
 
 
 def see(tmp_path_factory, method, top):
@@ -243,7 +250,10 @@ def see(tmp_path_factory, method, top):
         # the kernel may skip all kprobes' programs meanwhile
         with started(count) as counting:
             done = load(server, counting.values())
-            until(lambda: all(map(has_empty_table, counting.values())))
+            until(
+                "an interval without a connection",
+                lambda: all(map(has_empty_table, counting.values())),
+            )
         with started(rows) as printing, all_addresses_local():
             known = work(top)
             for tool in printing.values():  # so that it looks after the end of them
