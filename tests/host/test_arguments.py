@@ -47,8 +47,7 @@ def no_bcc(tmp_path):
 
 def test_help_has_the_seeds(name, tool, no_bcc):
     """Whatever the environment says."""
-    environment = {"TCPTOOLS_METHOD": "foo", "COLUMNS": "80"}
-    done = run(name, "-h", env={**no_bcc, **environment})
+    done = run(name, "-h", env={**no_bcc, "COLUMNS": "80", "TCPTOOLS_METHOD": "foo"})
     assert (done.returncode, done.stdout, done.stderr) == (0, help_of(tool), "")
     shown = iter(usual(done.stdout))
     for word in HELP.format(name=name, what=name[3:]).split():
