@@ -486,16 +486,16 @@ def test_capabilities(shared, monkeypatch, capfd, effective, is_enough):
     monkeypatch.setattr(shared, "open", lambda _: io.StringIO(text), raising=False)
     monkeypatch.setattr(shared.sys, "argv", ["./tcpconnect", "-t"])
     if is_enough:
-        shared.require_privileges()
+        shared.require_rights(parse(shared))
     else:
-        error = exits(capfd, shared.require_privileges)
+        error = exits(capfd, shared.require_rights, parse(shared))
         assert error == "needs root: try sudo ./tcpconnect"
 
 
 def test_32_bit_python(shared, monkeypatch, capfd):
     monkeypatch.setattr(shared, "MACHINE", "aarch64")
     monkeypatch.setattr(shared.sys, "maxsize", 2**31 - 1)
-    assert exits(capfd, shared.require_machine) == (
+    assert exits(capfd, shared.require_rights, parse(shared)) == (
         "this Python is a 32-bit program: on aarch64 take a 64-bit one"
     )
 
@@ -526,13 +526,15 @@ def test_time_namespace(shared, monkeypatch, tmp_path, capfd, text, is_taken):
     if text:
         file.write_text(text)
     files = {"/proc/self/timens_offsets": file}
-    opened = lambda path: files[path].open()
+    opened = lambda path: files.get(path, tmp_path / "no").open()
     monkeypatch.setattr(shared, "open", opened, raising=False)
+    monkeypatch.setattr(shared, "has_capabilities", lambda *_: True)
+    args = parse(shared)
     if is_taken:
-        shared.require_clock()
+        shared.require_rights(args)
         assert capfd.readouterr() == ("", "")
     else:
-        assert exits(capfd, shared.require_clock) == (
+        assert exits(capfd, shared.require_rights, args) == (
             "cannot trace in a time namespace with an offset: run it on the host"
         )
 

@@ -11,7 +11,6 @@ import select
 import struct
 import subprocess
 import sys
-import tempfile
 import weakref
 from types import SimpleNamespace
 
@@ -377,7 +376,7 @@ def test_map_items(shared, monkeypatch, count, calls):
     items = [(struct.pack("=QI", i, 7), struct.pack("=Q", 3 * i)) for i in range(count)]
     kernel = Kernel(items)
     monkeypatch.setattr(shared, "bpf", kernel.bpf)
-    monkeypatch.setattr(shared, "fdinfo", {71: {"key_size": 12, "value_size": 8}}.get)
+    monkeypatch.setattr(shared, "info_of", lambda *_: (1, 12, 8))
     assert list(shared.map_items(71)) == items
     assert kernel.calls == calls
 
@@ -387,7 +386,7 @@ def test_map_items_that_the_kernel_refuses(shared, monkeypatch):
         raise OSError(errno.EPERM, "")
 
     monkeypatch.setattr(shared, "bpf", bpf)
-    monkeypatch.setattr(shared, "fdinfo", {71: {"key_size": 4, "value_size": 4}}.get)
+    monkeypatch.setattr(shared, "info_of", lambda *_: (1, 4, 4))
     with pytest.raises(PermissionError):
         list(shared.map_items(71))
 
@@ -416,9 +415,7 @@ def test_a_map_of_this_kernel(shared):
     items = {struct.pack("=Q", i): struct.pack("=I", i * i) for i in range(5003)}
     for key, value in items.items():
         shared.map_update(map_fd, key, value)
-    fields = ("map_type", "key_size", "value_size", "max_entries")
-    info = shared.fdinfo(map_fd)
-    assert [info[field] for field in fields] == [1, 8, 4, 9001]
+    assert shared.info_of(map_fd, shared.MAP_INFO) == (1, 8, 4)
     assert sorted(shared.map_items(map_fd)) == sorted(items.items())
     os.close(map_fd)
     with pytest.raises(OSError) as raised:
@@ -430,24 +427,6 @@ def test_nothing_pinned_to_a_path(shared, tmp_path):
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(OSError):
             shared.open_pinned(str(path))
-
-
-def test_fdinfo(shared):
-    with tempfile.TemporaryFile() as file:
-        file.write(b"seven77")
-        file.flush()
-        info = shared.fdinfo(file.fileno())
-        inode = os.fstat(file.fileno()).st_ino
-    assert info["pos"] == 7 and info["ino"] == inode
-
-
-def test_fdinfo_of_other_fields(shared, monkeypatch):
-    """A program has its tag, in hexadecimal, and other kinds have more words."""
-    text = "pos:\t0\nprog_tag:\ta04f5eef06a7f555\n\nempty:\nkey_size:\t8\nx y z\n"
-    files = {"/proc/self/fdinfo/9": text}
-    opened = lambda path: io.StringIO(files[path])
-    monkeypatch.setattr(shared, "open", opened, raising=False)
-    assert shared.fdinfo(9) == {"pos": 0, "key_size": 8}
 
 
 def test_the_end_of_a_wait(shared, monkeypatch):

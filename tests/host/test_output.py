@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import functools
 import itertools
 import json
 import mmap
@@ -68,13 +69,15 @@ def rows(tool, options, events, first_ts=0, queries=None, path=None):
     if tool.NAME == "tcpconnect":
         queried = dict(zip(events, queries or ()))
         names = [SimpleNamespace(query=queried.get) if queries else None]
+    fields_of = functools.partial(tool.json_fields_of, args, *names)
+    written = []
+    tool.json_form.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tool, "cgroup_path", {CGROUP: path}.get)
-        if args.json:
-            text = tool.json_rows(args, events, *names)
-        else:
-            text = tool.table_rows(args, events, first_ts, *names)
-    return tool.header(args) + text
+        patch.setattr(tool, "write", written.append)
+        columns = tool.columns(args, *names)
+        tool.print_events(args, [(events, first_ts)], columns, fields_of)
+    return "".join(written)
 
 
 def test_the_seeds_rows(name, tool):
@@ -153,6 +156,16 @@ def test_every_column(name, tool, monkeypatch, utc):
     )
 
 
+def test_percent_signs(tool):
+    """Of a COMM and a cgroup's path; the columns behind them stay where they are."""
+    found = event(tool, 7, "50%s %d", "192.0.2.1", "192.0.2.2", 80, other_port=9)
+    titles, line = rows(tool, "--unit -t", [found], path="/100%.slice").splitlines()
+    assert line.startswith("5.000     7       50%s %d      4  192.0.2.1  ")
+    assert line.endswith(" 80    100%.slice") and titles.split()[2:4] == ["COMM", "IP"]
+    fields = json.loads(rows(tool, "--json", [found], path="/100%.slice"))
+    assert (fields["comm"], fields["cgroup_path"]) == ("50%s %d", "/100%.slice")
+
+
 def test_errors(shared):
     """By name, or by number where Python knows none; closed before an answer; a
     question mark where the process took the errno.
@@ -197,7 +210,7 @@ def test_latency(shared):
     for options in ("-x", "-x -m 5"):
         assert rows(shared, options, events[:1]) == f"{titles}ERR\n{front}-\n"
     name = [("a.example", 1000)]
-    titles, line = rows(shared, "-l -d -L -t", events[:1], 5e9, name).splitlines()
+    titles, line = rows(shared, "-l -d -L -t", events[:1], 5 * 10**9, name).splitlines()
     assert titles.startswith("TIME(s)   PID ")
     assert titles.endswith(
         "LPORT  DADDR            DPORT ERR           LAT(ms)   QUERY"
@@ -285,9 +298,10 @@ def test_counts(name, tool, monkeypatch):
     monkeypatch.setattr(tool, "write", written.append)
     monkeypatch.setattr(tool, "map_items", lambda fd, _: {71: items}[fd])
     args = parse(tool, "-c")
-    tool.write_flows(args, 71)
+    table = tool.Table(args, tool.columns(args))
+    tool.write_flows(args, 71, table)
     assert (
-        "".join([tool.header(args), *written])
+        "".join([table.header, *written])
         == {
             "tcpconnect": (
                 "SADDR            DADDR            DPORT CONNECTS\n"

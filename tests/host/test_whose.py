@@ -385,7 +385,7 @@ def counted(tool, monkeypatch, options, ends):
     cgroups = SimpleNamespace(check=lambda: None)
     args = parse(tool, "-c", *options.split())
     tool.print_counts(args, SimpleNamespace(maps=counting.maps), losses, cgroups)
-    titles = tool.header(args)
+    titles = tool.Table(args, tool.columns(args)).header
     lines = [text.replace(titles, "titles\n").rstrip("\n") for text in counting.done]
     return [line.split()[-1] if "0.0.0.0" in line else line for line in lines]
 
@@ -422,7 +422,8 @@ def test_rows_of_processes(name, tool, monkeypatch):
     monkeypatch.setattr(tool, "map_items", lambda *_: items)
     monkeypatch.setattr(tool, "write", written.append)
     args = parse(tool, "-c", "--per-process")
-    tool.write_flows(args, 71)
+    table = tool.Table(args, tool.columns(args))
+    tool.write_flows(args, 71, table)
     between = {
         "tcpconnect": "10.0.0.1         10.0.0.2         80    ",
         "tcpaccept": "10.0.0.1         80    ",
@@ -432,7 +433,7 @@ def test_rows_of_processes(name, tool, monkeypatch):
         f"9       nginx        {between}7\n"
         f"256     b\\nc         {between}7\n"
     )
-    assert tool.header(args).startswith("PID     COMM         ")
+    assert table.header.startswith("PID     COMM         ")
 
 
 def test_processes_with_which_options(shared):
