@@ -278,8 +278,8 @@ def test_responses_of_all_lengths(shared):
 
 def test_records_of_the_tools_events(tool):
     """The kernel pads a record to 8 bytes; a sample's size of 4 bytes is in it."""
-    sizes = [tool.structs(parse(tool, *options)) for options in ([], ["--json"])]
-    for event in (event for of_one in sizes for event in of_one.values()):
+    for options in ([], ["--json"]):
+        event = tool.event_struct(parse(tool, *options))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tool, "online_cpus", lambda: ())
             record = tool.Buffers(71, event, PAGES, Poll()).record

@@ -43,7 +43,7 @@ def event(tool, pid, comm, first, second, port, *own, ts=5_000_000_000, **fields
     else:
         own = own or (0, 0)
     values = ts, *own, fields.get("other_port", 0), port, ROW.pack(*ends, *ids)
-    record = tool.structs(parse(tool))["event_t"]
+    record = tool.event_struct(parse(tool))
     return record.unpack(record.pack(*values))
 
 
