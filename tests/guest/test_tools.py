@@ -5,6 +5,7 @@ Every count of connections is a prime number.
 
 import contextlib
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -51,6 +52,8 @@ def test_every_connection_once(start):
         assert [tool.complaints() for tool in tools] == [[], []]
         for tool, title in zip(tools, titles):
             assert tool.out.read_text().startswith(title)
+    # They compile with a file of one symbol in its place, which nobody else sees
+    assert pathlib.Path("/proc/kallsyms").read_bytes().count(b"\n") > 50021
 
 
 @only_at_both_ends

@@ -500,6 +500,31 @@ def test_registers(shared):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("refused", "done"),
+    [
+        (None, ["unshare", "mount /", "mount /proc/kallsyms"]),
+        ("unshare", ["unshare"]),
+        ("mount /", ["unshare", "mount /"]),  # in a chroot that is no mount point
+    ],
+)
+def test_few_symbols(shared, monkeypatch, tmp_path, refused, done):
+    """Nothing is mounted where others would see it."""
+    calls = []
+
+    def result(call):
+        calls.append(call)
+        return -1 if call == refused else 0
+
+    libc = SimpleNamespace(
+        unshare=lambda _flags: result("unshare"),
+        mount=lambda _source, target, *_: result(f"mount {target.decode()}"),
+    )
+    monkeypatch.setattr(shared.ctypes, "CDLL", lambda _name: libc)
+    shared.few_symbols(str(tmp_path))
+    assert calls == done
+
+
 def test_text_that_ifdef_selects(shared):
     text = "a\n#ifdef X\nb\n#ifndef Y\nc\n#else\nd\n#endif\n#else\ne\n#endif\nf\n"
     for macros, kept in (("", "aef"), ("X", "abcf"), ("XY", "abdf"), ("Y", "aef")):
