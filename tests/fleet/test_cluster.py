@@ -97,7 +97,7 @@ def traffic(count, seed=7):
             flow.update(saddr="127.0.0.1", daddr="127.0.0.1")
         comm = choose.choice(("curl", "nginx", "gunicorn"))
         offsets = {3: 4 * SECOND}
-        at_server = at + choose.randrange(5_000) + offsets.get(server, 0)
+        at_server = at + choose.randrange(1, 5_000) + offsets.get(server, 0)
         at += offsets.get(client, 0)
         if client and choose.random() < 0.1:
             error = choose.choice(("ECONNREFUSED", "ETIMEDOUT"))
