@@ -43,7 +43,6 @@ from traffic import (
     run_mixed_traffic,
 )
 
-
 FITTING = 9362  # events of 112 bytes in one CPU's buffer of 1 MiB
 
 
