@@ -26,6 +26,7 @@ from conftest import (
     only_at_both_ends,
     only_on,
     probed_functions,
+    row,
     show,
     until,
 )
