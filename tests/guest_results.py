@@ -48,7 +48,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(session, config, items):
     directory = config.getoption("--guest-results")
     for guest in sorted(directory.iterdir()) if directory else []:
-        collector = Run.from_parent(session, name=guest.name, path=guest)
+        collector = Run.from_parent(
+            session, name=guest.name, path=guest, nodeid=guest.name
+        )
         items.extend(collector.collect())
 
 

@@ -84,6 +84,7 @@ def test_release(run):
 def test_release_that_cannot_be_downloaded(run):
     status, lines, guests = run("bookworm", GONE="bookworm")
     assert (status, guests) == (1, ["bookworm"])
+    assert any(line.startswith("FAILED bookworm::finished - ") for line in lines)
     assert " 1 failed, 6 passed in " in lines[-1]
 
 
