@@ -6,22 +6,21 @@ USAGE: bench_report.py                  write both from benchmarks.json
                                         is that of the tools that were measured
        bench_report.py --print          only print the tables of the figures on stdin
 
-Takes the Python of the venv that tests/install prints. Figures on stdin are lines of
-JSON, as tests/guest/bench.py writes them. benchmarks.json has what the tools added to
-the same work without a tool, one value for each repeat, and of each figure in which run
-it was measured: a run of some parts leaves the other figures as they are.
+Figures on stdin are lines of JSON, as tests/guest/bench.py writes them. benchmarks.json
+has what the tools added to the same work without a tool, one value for each repeat, and
+of each figure in which run it was measured: a run of some parts leaves the other
+figures as they are.
 """
 
 import argparse
 import collections
+import html
 import json
 import pathlib
 import re
 import statistics
 import sys
 import time
-
-import drawsvg
 
 TESTS = pathlib.Path(__file__).resolve().parent
 DATA, TEXT, PICTURE = (
@@ -258,22 +257,23 @@ def draw(figures):
     groups = {batch: bars(figures, batch) for batch in BATCHES}
     left, width, right, step, y = 110, 430, 130, 16, 46
     rows = sum(len(group) + 2 for group in groups.values())
-    image = drawsvg.Drawing(left + width + right, y + (rows - 1) * step)
+    height = y + (rows - 1) * step
     scale = width / max(sum(bar[1:]) for group in groups.values() for bar in group)
+    size = f'width="{left + width + right}" height="{height}"'
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
+        f'<rect {size} fill="white"/>',
+        f'<g fill="{COLORS["text"]}" font-family="sans-serif" font-size="12">',
+    ]
 
-    def write(text, x, y, **options):
-        image.append(
-            drawsvg.Text(
-                text, 12, x, y, fill=COLORS["text"], font_family="sans-serif", **options
-            )
-        )
+    def write(text, x, y, style=""):
+        lines.append(f'<text x="{x}" y="{y}" {style}>{html.escape(text)}</text>')
 
     def block(part, x, y, length):
-        length = round(length, 1)
-        image.append(drawsvg.Rectangle(x, y, length, step - 4, fill=COLORS[part]))
+        bar = f'width="{length:.1f}" height="{step - 4}" fill="{COLORS[part]}"'
+        lines.append(f'<rect x="{x}" y="{y}" {bar}/>')
 
-    image.append(drawsvg.Rectangle(0, 0, image.width, image.height, fill="white"))
-    write("Instructions per connect", 10, 18, font_weight="bold")
+    write("Instructions per connect", 10, 18, 'font-weight="bold"')
     for part, text, x in (
         ("kernel", "in the kernel", 190),
         ("own", "by the tool itself", 300),
@@ -281,18 +281,19 @@ def draw(figures):
         block(part, x, 8, 12)
         write(text, x + 18, 18)
     for batch, group in groups.items():
-        write(f"Batches of {batch} ({BATCHES[batch]})", 10, y - 3, font_style="italic")
+        title = f"Batches of {batch} ({BATCHES[batch]})"
+        write(title, 10, y - 3, 'font-style="italic"')
         for tool, kernel, own in group:
             y += step
             name = f"ours: {tool}" if tool in OURS else tool
-            write(name, left - 6, y, text_anchor="end")
+            write(name, left - 6, y, 'text-anchor="end"')
             block("kernel", left, y - 10, kernel * scale)
             middle = round(left + kernel * scale, 1)
             block("own", middle, y - 10, own * scale)
             end = round(left + (kernel + own) * scale + 6, 1)
             write(f"{number(kernel)} + {number(own)}", end, y)
         y += 2 * step
-    return image.as_svg() + "\n"
+    return "\n".join([*lines, "</g>", "</svg>", ""])
 
 
 def parse_args():

@@ -1,16 +1,18 @@
-"""pytest plugin: report what pytest found in the guests, as if it had run here.
+"""pytest plugin: report what several runs of pytest found, as if it were one run.
 
-In a guest, --report-to=FILE names the file that gets a line for each test as soon as it
-has finished, so that it is not lost when the guest dies. Tests that are in it already
+In each run, --report-to=FILE names the file that gets a line for each test as soon as
+it has finished, so that it is not lost when a guest dies. Tests that are in it already
 do not run: the guest may be started again for the others. (Without the = pytest takes
 a FILE that exists for one of its tests, and gives them all other names.) A test that
-would begin later than --seconds after the start is skipped, and the reason says so.
+would begin later than --seconds after the start is skipped, and the reason says so; one
+that is marked `first` fails.
 
-On the host, --guest-results DIR names a directory with a directory RELEASE for each
-guest, which holds `status` (the exit status of tests/vm), `report` (that file), `log`
-(what was printed) and, for each start, `console-N` (its kernel's warnings). Each test
-in a report becomes a test here, with the guest's own outcome, and `finished` is one
-more: it fails for a guest that did not finish with tests and a good status.
+In the end, --guest-results DIR names a directory with a directory for each run: host,
+fleet, or RELEASE for a guest. It holds `status` (the exit status of pytest or
+tests/vm), `report` (that file), `log` (what was printed) and, for each start of a
+guest, `console-N` (its kernel's warnings). Each test in a report becomes a test here,
+with the same outcome, and `finished` is one more: it fails for a run that did not
+finish with tests and a good status, or skipped too many for want of time.
 """
 
 import json
@@ -20,10 +22,13 @@ import warnings
 
 import pytest
 
-EX_TEMPFAIL = 75  # from tests/vm: the release's packages cannot be had
+EX_TEMPFAIL = 75  # from tests/vm: the release's packages cannot be downloaded
 LAST_LINES = 30  # of the log of a guest that did not finish
 LAST_CONSOLE_LINES = 40  # and of each console
-FEWEST_RELEASES = 3  # when packages cannot be had, so many must remain
+FEWEST_RELEASES = 3  # where packages cannot be downloaded, so many must remain
+HOST = ("host", "fleet")  # the runs that are no guests
+LATE = "OUT OF TIME"
+MOST_LATE = 1 / 4  # of the tests of a run
 
 
 def pytest_addoption(parser):
@@ -43,20 +48,22 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(session, config, items):
     directory = config.getoption("--guest-results")
     for guest in sorted(directory.iterdir()) if directory else []:
-        collector = Guest.from_parent(session, name=guest.name, path=guest)
+        collector = Run.from_parent(session, name=guest.name, path=guest)
         items.extend(collector.collect())
 
 
 class Clock:
-    """Skips what comes too late."""
+    """What comes too late is skipped, or fails where it says most."""
 
     def __init__(self, seconds):
         self.end = time.monotonic() + seconds
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self):
+    def pytest_runtest_setup(self, item):
         if time.monotonic() > self.end:
-            pytest.skip("OUT OF TIME: this machine is too slow for all tests")
+            if item.get_closest_marker("first"):
+                pytest.fail(f"{LATE}: one of the first tests", pytrace=False)
+            pytest.skip(f"{LATE}: this machine is too slow for all tests")
 
 
 class Reporter:
@@ -105,20 +112,16 @@ def last_lines(path, count):
     return "\n".join([f"The end of {path.name}:", *lines[-count:]])
 
 
-def releases(directory):
-    """The guests with their release's own kernel, one per release."""
-    return [guest for guest in directory.iterdir() if "-on-" not in guest.name]
-
-
 def available(directory):
-    """How many of the releases asked for could be had."""
+    """How many releases have a guest with their own kernel, or had one."""
     return sum(
         (guest / "status").read_text() != f"{EX_TEMPFAIL}\n"
-        for guest in releases(directory)
+        for guest in directory.iterdir()
+        if guest.name not in HOST and "-on-" not in guest.name
     )
 
 
-class Guest(pytest.Collector):
+class Run(pytest.Collector):
     def collect(self):
         cases = outcomes(self.path / "report")
         yield Finished.from_parent(self, name="finished", cases=cases)
@@ -135,25 +138,31 @@ class Finished(pytest.Item):
     def runtest(self):
         guest = self.parent.path
         status = int((guest / "status").read_text())
-        if status == EX_TEMPFAIL and available(guest.parent) >= min(
-            FEWEST_RELEASES, len(releases(guest.parent)) - 1
-        ):
-            pytest.skip("this release's packages cannot be had today")
-        failed = any(outcome == "failed" for outcome, _ in self.cases.values())
+        if status == EX_TEMPFAIL and available(guest.parent) >= FEWEST_RELEASES:
+            pytest.skip("this release's packages cannot be downloaded today")
         consoles = [
             last_lines(console, LAST_CONSOLE_LINES)
             for console in sorted(guest.glob("console-*"))
         ]
-        if not self.cases or status not in ((0, 1) if failed else (0,)):
-            what = (
-                f"the guest exited with status {status} and reported "
-                f"{len(self.cases)} tests."
-            )
+        if complaint := self.complaint(status):
             log = last_lines(guest / "log", LAST_LINES)
-            pytest.fail("\n".join([what, log, *consoles]), pytrace=False)
+            pytest.fail("\n".join([complaint, log, *consoles]), pytrace=False)
         if len(consoles) > 1:
             what = f"{guest.name}'s guest died and was started again."
             warnings.warn("\n".join([what, consoles[0]]), stacklevel=1)
+
+    def complaint(self, status):
+        """Why this is no finished run, or None."""
+        outcomes = [outcome for outcome, _ in self.cases.values()]
+        good = (0, 1) if "failed" in outcomes else (0,)
+        if not outcomes or status not in good:
+            return f"It exited with status {status} and reported {len(outcomes)} tests."
+        if set(outcomes) == {"skipped"}:
+            return f"It skipped all of {len(outcomes)} tests."
+        late = sum(LATE in text for _, text in self.cases.values())
+        if late > MOST_LATE * len(outcomes):
+            return f"{LATE}: {late} of {len(outcomes)} tests did not run."
+        return None
 
     def reportinfo(self):
         return self.parent.name, None, self.name

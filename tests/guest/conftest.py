@@ -43,6 +43,7 @@ def pytest_sessionstart(session):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "first: of FIRST; fails where time runs out")
     config.addinivalue_line("markers", "last: after all others")
 
 
@@ -58,6 +59,8 @@ def pytest_collection_modifyitems(items):
     def rank(item):
         is_last = item.get_closest_marker("last") is not None
         file = pathlib.Path(item.nodeid.partition("::")[0])
+        if file.stem in FIRST:
+            item.add_marker("first")
         return is_last, file.stem in LATE, file.stem not in FIRST
 
     items.sort(key=rank)
@@ -136,7 +139,7 @@ def release():
 def only_on(*releases):
     """A mark of what differs little between kernels: it is tested in these guests.
 
-    Each start of a tool takes 10 to 30 s of a CPU in a guest.
+    Each start of a tool takes seconds of a CPU in a guest, and on some machines 30.
     """
     return pytest.mark.skipif(
         release() not in releases, reason=f"done on {' and '.join(releases)}"
@@ -301,10 +304,13 @@ def running(directories, commands, **env):
 def until(what, there_is):
     """What there_is() gives, once it gives anything. what: for whom it does not."""
     deadline = time.monotonic() + DEADLINE
-    while not (found := there_is()):
-        assert time.monotonic() < deadline, f"waited {DEADLINE} s for {what}"
-        time.sleep(0.1)
-    return found
+    while True:
+        began = time.monotonic()
+        if found := there_is():
+            return found
+        assert began < deadline, f"waited {DEADLINE} s for {what}"
+        # A look takes the CPU from what is waited for
+        time.sleep(max(0.1, time.monotonic() - began))
 
 
 def read_byte(descriptor, what):

@@ -296,6 +296,7 @@ def compare(name, options, ours, theirs, mapped_port):
             assert (row.get("IP", ip), row[local]) == (ip, form), why["mapped"]
 
 
+@pytest.mark.timeout(10 * DEADLINE)  # ten starts, half of them with kernel headers
 def test_side_by_side(start, start_theirs, cgroups, bpffs, names):
     traffic = Traffic()
     (_, _, root_ports), (client, server, ports) = traffic.workers.values()

@@ -17,7 +17,6 @@ from conftest import (
     Worker,
     best_method,
     failures,
-    first_line,
     only_at_both_ends,
     only_on,
     probed_functions,
@@ -155,22 +154,15 @@ def limited(which, value):
 
 
 @on_trixie
-@pytest.mark.parametrize("megabytes", [60, 120, 250, 350])
-def test_little_memory(tmp_path, megabytes):
-    """It may do or not; where not, memory is what one line names, and no package."""
+@pytest.mark.parametrize("megabytes", [60, 180])
+def test_little_memory(megabytes):
+    """Too little to load libclang or LLVM, of 260 MB that it takes: memory is what one
+    line names, and no package.
+    """
     before = loaded("prog")
-    for name in TOOLS:
-        limit = limited(resource.RLIMIT_AS, megabytes * MB)
-        process = piped(name, tmp_path, preexec_fn=limit)
-        if first_line(process, "a header or the end"):
-            process.terminate()
-            assert process.wait(DEADLINE) == 0
-            continue
-        _, err = process.communicate(timeout=DEADLINE)
-        assert process.returncode == 1
-        assert re.fullmatch(rf"{name}: error: .+\n", err), err
-        assert "install" not in err
-    assert list(tmp_path.iterdir()) == []
+    said = failures(preexec_fn=limited(resource.RLIMIT_AS, megabytes * MB))
+    for name, line in said.items():
+        assert line.startswith(f"{name}: error: not enough memory to load bcc ("), line
     assert loaded("prog") == before
 
 

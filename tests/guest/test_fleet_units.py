@@ -68,7 +68,9 @@ def systemd():
     """Yields run(*command): runs a command where that systemd is; gives its stdout."""
     namespaces = ("--pid", "--mount", "--cgroup")
     alone = ("unshare", *namespaces, "--fork", "--mount-proc", "--kill-child")
-    with subprocess.Popen([*alone, "sh", "-c", START]) as process:
+    command = [*alone, "sh", "-c", START]
+    with subprocess.Popen(command) as process, contextlib.ExitStack() as stack:
+        stack.callback(process.kill)
         children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
         enter = (
             "nsenter",
@@ -93,14 +95,12 @@ def systemd():
         except BaseException:
             print(run("journalctl", "--namespace=*", "--boot", "--no-hostname"))
             raise
-        finally:
-            process.kill()
 
 
 class Database(http.server.BaseHTTPRequestHandler):
     """In ClickHouse's place: keeps what is inserted, but refuses the first two inserts.
 
-    tests/host/test_shipper.py has ClickHouse itself.
+    tests/fleet/test_shipper.py has ClickHouse itself.
     """
 
     logins, inserts = set(), []
@@ -188,6 +188,7 @@ def check_rows(connecting, failing, accepting):
 
 
 @only_on("sid")
+@pytest.mark.timeout(3 * DEADLINE)
 @pytest.mark.usefixtures("installed")
 def test_units():
     """They trace, as nobody with three capabilities; their rows are in a journal; and a

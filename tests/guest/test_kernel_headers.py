@@ -1,10 +1,11 @@
 """Where there is no BTF, the kernel's headers serve."""
 
 import pytest
-from conftest import IPV4, Worker, headers, hide, row, show
+from conftest import DEADLINE, IPV4, Worker, headers, hide, row, show
 from traffic import connect_refused, run_mixed_traffic
 
 
+@pytest.mark.timeout(3 * DEADLINE)
 def test_layout_from_kernel_headers(start):
     """With BTF hidden. One release has headers; it is slow."""
     if not headers():

@@ -1,7 +1,7 @@
 """A kernel whose BTF has kinds that the release's libbpf, before 1.0, does not know.
 
 As after an upgrade of the kernel alone, or in a container with an older release's bcc.
-tests/run boots Debian 11's programs, with libbpf 0.3, on Debian 12's and 13's kernels.
+tests/run boots Debian 11's programs, with libbpf 0.3, on Debian 13's kernel.
 """
 
 import os

@@ -2,7 +2,7 @@
 names, cgroups and tools of their own.
 
 What the tools print is left in the results directory, with a list of what was done;
-tests/host/test_joined.py joins it. In one release only, for what differs between
+tests/fleet/test_traced_hosts.py joins it. In one release only, for what differs between
 kernels is tested elsewhere.
 """
 
@@ -147,8 +147,8 @@ def connect_refused(host, cgroups, to, count):
 
 
 class Fleet:
-    """The hosts at work. done: what was done, as tests/host/test_joined.py wants to
-    know it.
+    """The hosts at work. done: what was done, as tests/fleet/test_traced_hosts.py wants
+    to know it.
     """
 
     def __init__(self, start, cgroups):
@@ -233,7 +233,7 @@ class Fleet:
         )
 
     def note(self, what, seen, at_server=None, nat="", **known):
-        """known: the fields that test_joined.py takes as they are."""
+        """known: the fields that test_traced_hosts.py takes as they are."""
         ends = known["source"], known["address"], known["port"]
         sides = {"client_seen": seen[0], "server_seen": seen[1]}
         more = {"at_server": at_server or ends, "nat": nat}

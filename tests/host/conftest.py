@@ -8,7 +8,6 @@ import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
 
-import clickhouse
 import pytest
 
 TOP = pathlib.Path(__file__).parents[2]
@@ -33,14 +32,6 @@ def shared():
     One for all tests: what a test changes in it, it changes with monkeypatch.
     """
     return load("tcpconnect")
-
-
-@pytest.fixture(scope="session")
-def clickhouse_library():
-    try:
-        return clickhouse.library()
-    except clickhouse.Unavailable as why:
-        pytest.skip(f"NO CLICKHOUSE SERVER: {why}")
 
 
 class Loader(SourceFileLoader):

@@ -577,31 +577,6 @@ def test_any_order(shared, arrivals):
     assert sorted(ts for _, ts in found) == sorted(itertools.chain(*arrivals))
 
 
-def test_event_batches(shared, monkeypatch):
-    """Events settle for 20 ms, but not in the end; each loop does all tasks."""
-    done, clock = [], iter([1000 * MS, 1100 * MS, 1200 * MS])
-    is_over = iter([False, False, True])
-    arrived = iter([[970, 990], [989, 1050], [1199]])
-    monkeypatch.setattr(shared, "wait", lambda poll: next(is_over))
-    monkeypatch.setattr(shared, "time_asleep", lambda: 0)
-    monkeypatch.setattr(shared.time, "monotonic_ns", lambda: next(clock))
-
-    def read():
-        done.append("read")
-        return [(ts * MS, "") for ts in next(arrived)]
-
-    losses = SimpleNamespace(report_when_due=lambda *what: done.append(what))
-    losses.counters = [0] * 5
-    events, tasks = SimpleNamespace(read=read), [lambda: done.append("task")]
-    for batch, first in shared.event_batches([events], losses, "poll", tasks):
-        done.append(([ts // MS for ts, _ in batch], first // MS))
-    assert done == [
-        *("read", "task", ([970], 970), (1000 * MS, True)),
-        *("read", "task", ([989, 990, 1050], 970), (1100 * MS, True)),
-        *("read", "task", ([1199], 970), (float("inf"), True)),
-    ]
-
-
 def test_when_buffers_are_opened_anew(shared, monkeypatch):
     """CPUs have come online, or the machine was suspended."""
     polls = [(0, 0), (1, 0), (1, 0), (2, 0), (2, 99), (2, 101), (2, 150), (2, 202)]

@@ -1,4 +1,6 @@
-"""guest_results.py: what goes wrong in a guest goes red here."""
+"""guest_results.py: what goes wrong in a guest goes red here, and so does one that
+tested nothing.
+"""
 
 import json
 import os
@@ -8,9 +10,8 @@ import sys
 import pytest
 from conftest import TOP
 
-GOOD = [("test_a.py::test_good", "passed", "")]
-BAD = [("test_a.py::test_bad", "failed", "the guest said why")]
-SKIPPED = [("test_a.py::test_skip", "skipped", "no headers")]
+LOG = "test_a.py::test_good PASSED\n"
+LATE = "Skipped: OUT OF TIME: this machine is too slow for all tests"
 
 
 def run_pytest(directory, *args):
@@ -29,23 +30,31 @@ def run_pytest(directory, *args):
     )
 
 
+def cases(**counts):
+    """Lines of a report: so many tests with each outcome."""
+    texts = {"passed": "", "failed": "the guest said why", "skipped": "no headers"}
+    return [
+        [f"test_a.py::test_{kind}_{n}", "skipped" if kind == "late" else kind, text]
+        for kind, text in {**texts, "late": LATE}.items()
+        for n in range(counts.get(kind, 0))
+    ]
+
+
 @pytest.fixture
 def report(tmp_path):
-    """report({release: (status, tests or None)}, starts) gives pytest's exit status and
-    output.
-    """
+    """report({run: (status, tests)}, starts) gives pytest's exit status and output."""
 
     def run(guests, starts=1):
-        for release, (status, tests) in guests.items():
-            directory = tmp_path / "results" / release
+        for name, (status, reported) in guests.items():
+            directory = tmp_path / "results" / name
             directory.mkdir(parents=True)
             (directory / "status").write_text(f"{status}\n")
-            (directory / "log").write_text("test_a.py::test_good PASSED\n")
+            (directory / "log").write_text(LOG)
             for start in range(1, starts + 1):
                 lines = [f"line {number} of {start}\r\n" for number in range(50)]
                 (directory / f"console-{start}").write_text("".join(lines))
-            if tests is not None:
-                lines = [json.dumps(test) + "\n" for test in tests]
+            if reported is not None:
+                lines = [json.dumps(test) + "\n" for test in reported]
                 (directory / "report").write_text("".join(lines))
         (tmp_path / "empty").mkdir()
         done = run_pytest(tmp_path, "--guest-results", tmp_path / "results", "empty")
@@ -54,117 +63,119 @@ def report(tmp_path):
     return run
 
 
-def test_out_of_time(tmp_path):
-    """What would begin too late is skipped, and says so."""
-    (tmp_path / "test_a.py").write_text("def test_late(): pass\n")
-    done = run_pytest(tmp_path, "-rs", "--seconds=0", "test_a.py")
-    assert done.returncode == 0 and " 1 skipped " in done.stdout
-    assert "OUT OF TIME: this machine is too slow for all tests" in done.stdout
-    done = run_pytest(tmp_path, "--seconds=1000", "test_a.py")
-    assert done.returncode == 0 and " 1 passed " in done.stdout
-
-
-def test_good(report):
-    status, said = report({"bookworm": (0, GOOD + SKIPPED)})
-    assert status == 0 and "2 passed, 1 skipped" in said
-    assert "bookworm::test_a::test_good PASSED" in said
+def test_outcomes(report):
+    good = (0, cases(passed=3, skipped=2, late=1))
+    status, said = report({"sid": good, "trixie": (1, cases(passed=3, failed=1))})
+    assert status == 1 and "1 failed, 8 passed, 3 skipped" in said
+    assert "sid::test_a::test_passed_0 PASSED" in said and "the guest said why" in said
     assert "SKIPPED (no headers)" in said and "started again" not in said
-
-
-def test_failure(report):
-    status, said = report({"bookworm": (1, GOOD + BAD)})
-    assert status == 1 and "the guest said why" in said and "1 failed, 2 passed" in said
 
 
 def test_guests_that_did_not_finish(report):
     ends = {
-        "nothing": (0, None),
-        "empty": (0, []),
-        "unknown": (1, GOOD),
-        "fault": (70, GOOD),
-        "late": (124, GOOD),
-        "died": (255, None),
+        "nothing": (0, None, "status 0 and reported 0 tests"),
+        "empty": (0, [], "status 0 and reported 0 tests"),
+        "none": (5, [], "status 5 and reported 0 tests"),  # pytest's: none is selected
+        "unknown": (1, cases(passed=1), "status 1 and reported 1 tests"),
+        "fault": (70, cases(passed=1), "status 70 and reported 1 tests"),
+        "slow": (124, cases(passed=1), "status 124 and reported 1 tests"),
+        "died": (255, None, "status 255 and reported 0 tests"),
+        "skipped": (0, cases(skipped=9), "skipped all of 9 tests"),
+        "late": (0, cases(late=9), "skipped all of 9 tests"),
+        "some": (0, cases(passed=3, skipped=2, late=2), "OUT OF TIME: 2 of 7 tests"),
     }
-    status, said = report(ends)
-    assert status == 1 and "6 failed, 3 passed" in said
-    for name, (code, tests) in ends.items():
-        assert f"{name}::finished FAILED" in said
-        assert f"status {code} and reported {len(tests or [])} tests.\n" in said
-    assert said.count("The end of log:\ntest_a.py::test_good PASSED\n") == 6
-    assert said.count("The end of console-1:\nline 10 of 1\n") == 6
-    assert said.count("line 49 of 1\n") == 6
+    status, said = report({name: end[:2] for name, end in ends.items()})
+    assert status == 1 and "10 failed, " in said
+    for name, (_, _, why) in ends.items():
+        assert f"{name}::finished FAILED" in said and why in said
+    assert said.count(f"The end of log:\n{LOG}") == len(ends)
+    assert said.count("The end of console-1:\nline 10 of 1\n") == len(ends)
+    assert said.count("line 49 of 1\n") == len(ends)
 
 
-def test_guest_that_died_and_was_started_again(report):
-    status, said = report({"bookworm": (0, GOOD + BAD)}, starts=2)
-    assert status == 1 and "bookworm::finished PASSED" in said
-    assert "1 failed, 2 passed, 1 warning" in said
-    assert "bookworm's guest died and was started again." in said
+@pytest.mark.parametrize(
+    "code, reported, finished",
+    [(0, cases(passed=1, failed=1), "PASSED"), (255, cases(passed=1), "FAILED")],
+)
+def test_guest_that_was_started_again(report, code, reported, finished):
+    """What its first kernel said is shown; that of the second only if it died, too."""
+    status, said = report({"bookworm": (code, reported)}, starts=2)
+    assert status == 1 and f"bookworm::finished {finished}" in said
+    assert ("bookworm's guest died and was started again." in said) == (code == 0)
     assert "line 9 of 1\n" not in said and "line 49 of 1\n" in said
-    assert "line 49 of 2\n" not in said
+    assert ("line 49 of 2\n" in said) == (code == 255)
 
 
-def test_guest_that_died_twice(report):
-    status, said = report({"bookworm": (255, GOOD)}, starts=2)
-    assert status == 1 and "bookworm::finished FAILED" in said
-    assert "line 49 of 1\n" in said and "line 49 of 2\n" in said
+@pytest.mark.parametrize(
+    "good, gone, finished",
+    [
+        ("abc", "d", "6 passed, 1 skipped"),
+        ("ab", "cd", "2 failed"),
+        ("a", "d", "1 failed"),  # those asked for must be there
+        (["a", "b", "a-on-b", "b-on-a", "host", "fleet"], ["c", "d"], "2 failed"),
+        ("abc", ["d", "a-on-d"], "6 passed, 2 skipped"),
+    ],
+)
+def test_packages_that_cannot_be_downloaded(report, good, gone, finished):
+    guests = {name: (0, cases(passed=1)) for name in good}
+    status, said = report({**guests, **{name: (75, None) for name in gone}})
+    assert (status == 1) == ("failed" in finished) and finished in said
+
+
+CLOCK = """
+import pytest
+
+def test_late(): pass
+
+@pytest.mark.first
+def test_first(): pass
+"""
+
+
+def test_out_of_time(tmp_path):
+    """What would begin too late is skipped, and says so; what says most fails."""
+    (tmp_path / "test_a.py").write_text(CLOCK)
+    done = run_pytest(tmp_path, "-rs", "--seconds=0", "test_a.py")
+    assert done.returncode == 1 and " 1 skipped, " in done.stdout
+    assert LATE.partition(" ")[2] in done.stdout
+    assert "OUT OF TIME: one of the first tests" in done.stdout
+    done = run_pytest(tmp_path, "--seconds=1000", "test_a.py")
+    assert done.returncode == 0 and " 2 passed" in done.stdout
 
 
 DYING = """
-import os
-import pathlib
-
-import pytest
-
+import os, pathlib, pytest
 
 @pytest.fixture
 def setup():
     raise OSError("in setup")
-
 
 @pytest.fixture
 def teardown():
     yield
     raise OSError("in teardown")
 
-
-def test_good():
-    pass
-
-
-def test_bad():
-    raise OSError("in call")
-
-
-def test_bad_setup(setup):
-    pass
-
-
-def test_bad_teardown(teardown):
-    pass
-
+def test_good(): pass
+def test_bad(): raise OSError("in call")
+def test_bad_setup(setup): pass
+def test_bad_teardown(teardown): pass
 
 @pytest.mark.skip("no headers")
-def test_skipped():
-    pass
-
+def test_skipped(): pass
 
 def test_dies():
     if not pathlib.Path("died").exists():
         pathlib.Path("died").touch()
         os._exit(255)
 
-
-def test_after():
-    pass
+def test_after(): pass
 """
 
 
 def test_report_of_a_guest_that_dies(tmp_path):
     """It has what finished before, and only the others run when it starts again."""
-    directory, report = tmp_path / "tests", tmp_path / "results/report"
+    directory, report = tmp_path / "tests", tmp_path / "report"
     directory.mkdir()
-    report.parent.mkdir()
     (directory / "test_dying.py").write_text(DYING)
     ends = {  # of the tests and of what is said about them
         "good": ("passed", ""),
@@ -175,8 +186,7 @@ def test_report_of_a_guest_that_dies(tmp_path):
     }
 
     def check():
-        lines = report.read_text().splitlines()
-        found = [json.loads(line) for line in lines]
+        found = [json.loads(line) for line in report.read_text().splitlines()]
         assert [name for name, _, _ in found] == [
             f"test_dying.py::test_{name}" for name in ends
         ]
@@ -189,22 +199,3 @@ def test_report_of_a_guest_that_dies(tmp_path):
     assert again.returncode == 0 and "2 passed, 5 deselected in" in again.stdout
     ends |= {"dies": ("passed", ""), "after": ("passed", "")}
     check()
-
-
-def test_packages_that_cannot_be_had(report):
-    gone, good = (75, None), (0, GOOD)
-    status, said = report({"a": good, "b": good, "c": good, "d": gone})
-    assert status == 0 and "6 passed, 1 skipped" in said
-
-
-def test_too_many_that_cannot_be_had(report):
-    gone, good = (75, None), (0, GOOD)
-    status, said = report({"a": good, "b": good, "c": gone, "d": gone})
-    assert status == 1 and "2 failed" in said
-
-
-def test_guests_on_newer_kernels_are_no_further_releases(report):
-    gone, good = (75, None), (0, GOOD)
-    on = {"a-on-b": good, "b-on-a": good, "a-on-d": gone}
-    status, said = report({"a": good, "b": good, "c": gone, "d": gone, **on})
-    assert status == 1 and "3 failed" in said

@@ -10,7 +10,8 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import TOP
+
+from .events import SERVICEMAP
 
 HOSTS = ("web1", "app2", "db3")
 HOUR = datetime.datetime(2026, 11, 25, 10, 0, 0)
@@ -47,7 +48,7 @@ def lines_with_times(fleet, host):
 
 
 def answer(lines, *args):
-    command = [sys.executable, TOP / "examples/fleet/servicemap", "--json", *args]
+    command = [sys.executable, SERVICEMAP, "--json", *args]
     done = subprocess.run(command, input=lines, capture_output=True, check=True)
     assert done.stderr == b""
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -7,12 +7,15 @@ import re
 from collections import Counter
 
 import pytest
-from test_fleet import FLEET, answer, connect, event, run, text
 
-SECOND = 1_000_000  # µs
+from .events import FLEET, SECOND, Cases, accept, connect, event, servicemap, text
+from .test_servicemap import run
+
 HOSTS = [f"host{n}" for n in range(10)]
 ADDRESSES = {host: f"10.0.0.{n}" for n, host in enumerate(HOSTS, 1)}
 GATEWAY = "198.51.100.7"
+
+CASES = Cases()
 
 
 class Fleet:
@@ -62,16 +65,16 @@ class Fleet:
             client, server = self.random.sample(HOSTS, 2)
             self.connect(n * SECOND // 3, client, server, 20000 + n)
 
-    def check(self):
-        edges, halves = map_of(self.shuffled())
+    def check(self, ask):
+        edges, halves = map_of(ask())
         assert edges == self.edges
         assert halves == self.halves
 
 
-def map_of(events):
+def map_of(rows):
     """({edge: connections}, {known end: connections})"""
     edges, halves = Counter(), Counter()
-    for row in answer(events):
+    for row in rows:
         names = ("client_host", "client_comm", "server_host", "server_comm", "nat")
         if row["known"] == "both":
             edges[tuple(row[name] for name in names)] += row["connections"]
@@ -84,22 +87,23 @@ def map_of(events):
 # ---- clocks
 
 
-def off(events):
+def off(ask):
     """{host: by how many s its clock is ahead}, as clocks.sql reports it."""
-    return {row["host"]: row["offset_us"] / SECOND for row in answer(events, "clocks")}
+    return {row["host"]: row["offset_us"] / SECOND for row in ask("clocks")}
 
 
-@pytest.mark.parametrize("seconds", [-5, -4, -1.5, 1.5, 5])
-def test_a_clock_that_is_off(seconds):
+@CASES(-5, -4, -1.5, 1.5, 5)
+def a_clock_that_is_off(seconds):
     """It is found, by how much, and there is no wrong edge."""
     fleet = Fleet(6, {"host4": int(seconds * SECOND)})
     fleet.traffic(1500)
-    assert off(fleet.shuffled()) == {"host4": pytest.approx(seconds, abs=0.001)}
-    fleet.check()
+    ask = yield fleet.shuffled()
+    assert off(ask) == {"host4": pytest.approx(seconds, abs=0.001)}
+    fleet.check(ask)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_all_clocks_are_off(seed):
+@CASES(1, 2)
+def all_clocks_are_off(seed):
     """Each from -5 to 5 s. It is unknown which is right; the differences are known."""
     chance = random.Random(seed)
     offsets = {host: chance.randrange(-5 * SECOND, 5 * SECOND) for host in HOSTS}
@@ -107,37 +111,43 @@ def test_all_clocks_are_off(seed):
     fleet.traffic(1500)
     middle = sorted(offsets.values())[len(HOSTS) // 2]
     expected = {host: (offset - middle) / SECOND for host, offset in offsets.items()}
-    found = off(fleet.shuffled())
+    ask = yield fleet.shuffled()
+    found = off(ask)
     assert found == {
         host: pytest.approx(offset, abs=0.002)
         for host, offset in expected.items()
         if abs(offset) >= 0.5
     }
     assert len(found) > 5
-    fleet.check()
+    fleet.check(ask)
 
 
-def test_a_server_that_all_talk_to():
+@CASES()
+def a_server_that_all_talk_to():
     """Its clock is off, and not those of its clients."""
     fleet = Fleet(6, {"host0": -4 * SECOND})
     for n in range(300):
         client = fleet.random.choice(HOSTS[1:])
         fleet.connect(n * SECOND, client, "host0", 20000 + n)
-    assert off(fleet.shuffled()) == {"host0": pytest.approx(-4, abs=0.001)}
-    fleet.check()
+    ask = yield fleet.shuffled()
+    assert off(ask) == {"host0": pytest.approx(-4, abs=0.001)}
+    fleet.check(ask)
 
 
-def test_hosts_that_are_far_from_each_other():
+@CASES()
+def hosts_that_are_far_from_each_other():
     """A chain: each only talks to the next."""
     fleet = Fleet(6, {"host4": 3 * SECOND}, loss=0)
     for n in range(300):
         first = n % (len(HOSTS) - 1)
         fleet.connect(n * SECOND, HOSTS[first], HOSTS[first + 1], 20000 + n)
-    assert off(fleet.shuffled()) == {"host4": pytest.approx(3, abs=0.002)}
-    fleet.check()
+    ask = yield fleet.shuffled()
+    assert off(ask) == {"host4": pytest.approx(3, abs=0.002)}
+    fleet.check(ask)
 
 
-def test_clocks_that_are_right():
+@CASES()
+def clocks_that_are_right():
     """No network is so slow; and who waits in the accept queue waits now less, now
     more.
     """
@@ -145,30 +155,33 @@ def test_clocks_that_are_right():
     fleet.traffic(600)
     for n in range(300):
         fleet.connect(n * SECOND, "host5", "host7", 40000 + n, wait=30 * SECOND)
-    assert off(fleet.shuffled()) == {}
-    fleet.check()
+    ask = yield fleet.shuffled()
+    assert off(ask) == {}
+    fleet.check(ask)
 
 
-def test_four_flows_are_no_clock():
+@CASES(4, 5)
+def four_flows_are_no_clock(count):
     """Few that are wrong, as where two hosts have the same address, show nothing."""
     fleet = Fleet(6, {"host4": 4 * SECOND}, loss=0)
-    for n in range(4):
+    for n in range(count):
         fleet.connect(n * SECOND, "host3", "host4", 20000 + n)
-    assert off(fleet.events) == {}
-    fleet.connect(4 * SECOND, "host3", "host4", 20004)
-    assert len(off(fleet.events)) == 1
+    ask = yield fleet.events
+    assert len(off(ask)) == (count > 4)
 
 
-def test_late_and_duplicated_lines_of_a_clock_that_is_off():
+@CASES()
+def late_and_duplicated_lines_of_a_clock_that_is_off():
     fleet = Fleet(6, {"host4": -4 * SECOND})
     fleet.traffic(300)
-    once = off(fleet.events)
     fleet.events *= 2
-    assert off(fleet.shuffled()) == once != {}
-    fleet.check()
+    ask = yield fleet.shuffled()
+    assert off(ask) == {"host4": pytest.approx(-4, abs=0.001)}
+    fleet.check(ask)
 
 
-def test_a_port_that_is_used_again_soon():
+@CASES()
+def a_port_that_is_used_again_soon():
     """The same four addresses and ports every 20 ms, by processes in turn: pairs in
     order of time are wrong unless the clocks are corrected.
     """
@@ -180,7 +193,8 @@ def test_a_port_that_is_used_again_soon():
         fleet.print("connect", at, "host3", f"client{n % 3}", **to)
         fleet.print("accept", at + 300, "host4", f"server{n % 3}", **to)
         fleet.edges["host3", f"client{n % 3}", "host4", f"server{n % 3}", ""] += 1
-    fleet.check()
+    ask = yield fleet.shuffled()
+    fleet.check(ask)
 
 
 def test_the_text_of_the_clocks_is_the_same_in_both_files():
@@ -227,31 +241,33 @@ def masqueraded(fleet, n, at):
     fleet.expect(sides, client, server, "snat")
 
 
-@pytest.mark.parametrize("offsets", [{}, {"host4": -4 * SECOND, "host6": 5 * SECOND}])
-def test_translated_connections(offsets):
-    """Beside others, with lost events and, if any, clocks that are off."""
-    fleet = Fleet(6, offsets)
+@CASES("right", "off")
+def translated_connections(clocks):
+    """Beside others, with lost events and clocks."""
+    offsets = {"host4": -4 * SECOND, "host6": 5 * SECOND}
+    fleet = Fleet(6, offsets if clocks == "off" else {})
     fleet.traffic(1000)
     for n in range(1000):
         make = published if n % 2 else masqueraded
         make(fleet, n, n * SECOND // 3)
     assert {edge[4] for edge in fleet.edges} == {"", "dnat", "snat"}
-    fleet.check()
+    ask = yield fleet.shuffled()
+    fleet.check(ask)
 
 
-def test_in_a_row_the_clients_side_is_shown():
-    events = [
-        event("connect", 5, "web1", "curl", daddr="10.96.0.1", dport=443),
-        event("accept", 9, "db2", "nginx", daddr="172.17.0.2", dport=8443),
+@CASES(9, -1)
+def in_a_row_the_clients_side_is_shown(accepted):
+    """The accept may come first."""
+    ask = yield [
+        connect(5, daddr="10.96.0.1", dport=443),
+        accept(accepted, daddr="172.17.0.2", dport=8443),
     ]
-    for moved in (0, -10):  # the accept may come first
-        events[1]["ts"] = connect(9 + moved)["ts"]
-        [row] = answer(events)
-        assert (row["port"], row["known"], row["nat"]) == (443, "both", "dnat")
-        assert row["first_seen"] == row["last_seen"] == "2026-11-24T10:00:00.000005Z"
-        assert row["client_address"] == row["server_address"] == ""
-    assert answer(events, "unknown") == []
-    assert '[label="443 (1) dnat"]' in run("--dot", stdin=text(events))[0]
+    [row] = ask()
+    assert (row["port"], row["known"], row["nat"]) == (443, "both", "dnat")
+    assert row["first_seen"] == row["last_seen"] == "2026-11-24T10:00:00.000005Z"
+    assert row["client_address"] == row["server_address"] == ""
+    assert ask("unknown") == []
+    assert '[label="443 (1) dnat"]' in "".join(servicemap.dot([row]))
 
 
 def is_alone(one, others):
@@ -263,8 +279,8 @@ def is_alone(one, others):
     return all(abs(other_time - time) > SECOND + 300 for _, other_time in near)
 
 
-@pytest.mark.parametrize("nat", ["dnat", "snat"])
-def test_ambiguous_translated_connections(nat):
+@CASES("dnat", "snat")
+def ambiguous_translated_connections(nat):
     """Of the same source port, and source address or destination. Those within a second
     of others stay unmatched; all others are matched.
     """
@@ -273,48 +289,62 @@ def test_ambiguous_translated_connections(nat):
     for n in range(400):
         sport, at = chance.randrange(20), chance.randrange(100 * SECOND)
         made.append((sport, at))
-        seen = {"sport": sport, changed: f"172.18.{n // 200}.{n % 200}"}
+        seen = {"sport": sport, changed: f"172.{16 + n // 200}.0.{n % 200}"}
         events += [
             event("connect", at, "web1", f"c{n}", sport=sport),
             event("accept", at + 300, "db2", f"s{n}", **seen),
         ]
     alone = [n for n in range(400) if is_alone(made[n], made)]
-    edges, halves = map_of(chance.sample(events, len(events)))
+    ask = yield chance.sample(events, len(events))
+    edges, halves = map_of(ask())
     assert edges == {("web1", f"c{n}", "db2", f"s{n}", nat): 1 for n in alone}
     assert halves == {"client": 400 - len(alone), "server": 400 - len(alone)}
     assert 100 < len(alone) < 300
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"sport": 40001},
-        {"saddr": GATEWAY, "daddr": "172.17.0.2"},
-        {"saddr": GATEWAY, "dport": 8080},
-        {"saddr": "127.0.0.1"},
-    ],
-    ids=["another port", "both addresses", "another destination", "loopback"],
-)
-def test_ends_that_do_not_match(changed):
-    edges, halves = map_of([connect(0), event("accept", 9, "db2", "nginx", **changed)])
-    assert (edges, halves) == ({}, {"client": 1, "server": 1})
+UNRELATED = {
+    "another port": {"sport": 40001},
+    "both addresses": {"saddr": GATEWAY, "daddr": "172.17.0.2"},
+    "another destination": {"saddr": GATEWAY, "dport": 8080},
+    "loopback": {"saddr": "127.0.0.1"},
+}
 
 
-def test_a_translated_accept_is_at_most_a_second_later():
-    for late, known in ((SECOND, "both"), (SECOND + 1, "client")):
-        accepted = event("accept", late, "db2", "nginx", dport=8080)
-        assert {row["known"] for row in answer([connect(0), accepted])} >= {known}
+@CASES(*UNRELATED)
+def ends_that_do_not_match(changed):
+    ask = yield [connect(0), accept(9, **UNRELATED[changed])]
+    assert map_of(ask()) == ({}, {"client": 1, "server": 1})
 
 
-def test_a_lost_accept_is_not_an_external_clients():
-    """That has the same source port by chance. The client is not translated, for the
-    server has accepted from its address.
-    """
-    events = [connect(0), event("accept", 9, "db2", "nginx", saddr=GATEWAY)]
-    assert map_of(events)[0] == {("web1", "curl", "db2", "nginx", "snat"): 1}
-    before = {"sport": 39999}
-    events += [
-        connect(-7 * SECOND, **before),
-        event("accept", -7 * SECOND + 9, "db2", "nginx", **before),
+@CASES(SECOND, SECOND + 1)
+def a_translated_accept_is_at_most_a_second_later(late):
+    ask = yield [connect(0), accept(late, dport=8080)]
+    expected = {"both"} if late == SECOND else {"client", "server"}
+    assert {row["known"] for row in ask()} == expected
+
+
+# Of an external client that has the same source port by chance
+BY_CHANCE = [connect(0), accept(9, saddr=GATEWAY)]
+
+
+@CASES()
+def an_accept_of_the_same_source_port_is_a_translated_clients():
+    ask = yield BY_CHANCE
+    assert map_of(ask())[0] == {("web1", "curl", "db2", "nginx", "snat"): 1}
+
+
+@CASES()
+def a_lost_accept_is_not_an_external_clients():
+    """The client is not translated, for the server has accepted from its address."""
+    before = -7 * SECOND
+    ask = yield [
+        *BY_CHANCE,
+        connect(before, sport=39999),
+        accept(before + 9, sport=39999),
     ]
-    assert map_of(events)[0] == {("web1", "curl", "db2", "nginx", ""): 1}
+    assert map_of(ask())[0] == {("web1", "curl", "db2", "nginx", ""): 1}
+
+
+@pytest.mark.parametrize("name", CASES.tests)
+def test_case(name, database):
+    CASES.check(name, database)

@@ -47,6 +47,7 @@ SETTINGS max_block_size = 1, function_sleep_max_microseconds_per_block = 0
 CONFIG = """
 <clickhouse>
     <users_config>config.xml</users_config>
+    <listen_reuse_port>1</listen_reuse_port>
     <macros><cluster>fleet</cluster></macros>
     <remote_servers><fleet>{shards}</fleet></remote_servers>
     <profiles><default/></profiles>
@@ -147,29 +148,29 @@ class Refused(Exception):
 @contextlib.contextmanager
 def servers(library, top, count=1):
     """A cluster of so many servers, which answer. Their data is below top."""
-    ports = free_ports(2 * count)
-    http, tcp = ports[:count], ports[count:]
-    made = [
-        Server(library, top / f"server{n}", http[n], tcp[n], tcp) for n in range(count)
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        http, tcp = ([stack.enter_context(port()) for _ in range(count)] for _ in "12")
+        made = [
+            Server(library, top / f"server{n}", http[n], tcp[n], tcp)
+            for n in range(count)
+        ]
         for server in made:
+            stack.callback(server.kill)
             server.start()
         for server in made:
             server.wait()
         yield made
-    finally:
-        for server in made:
-            server.kill()
 
 
-def free_ports(count):
-    """Ports of 127.0.0.1 on which nobody listens."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+@contextlib.contextmanager
+def port():
+    """A port of 127.0.0.1 for a server that sets SO_REUSEPORT, as this socket does: it
+    is nobody else's, even while the server is down.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 class Server:
@@ -209,7 +210,7 @@ class Server:
                 return self.query("SELECT 1")
             except urllib.error.URLError:
                 assert self.process.poll() is None, self.log.read_text()
-                assert time.monotonic() < deadline, "the server does not answer"
+                assert time.monotonic() < deadline, f"{self.url} does not answer"
                 time.sleep(0.05)
 
     def kill(self):

@@ -6,26 +6,26 @@ import datetime
 import json
 import random
 
-import clickhouse
 import pytest
-from test_fleet import (
+
+from . import clickhouse
+from .events import (
     BEGIN,
     EXTERNAL,
     FLEET,
     HOUR,
+    SECOND,
     accept,
     connect,
-    database,
     edge,
     edges_of,
-    event,
+    failed,
     lost,
     pair,
-    servicemap,
     text,
 )
 
-QUERIES = ("servicemap", "changes", "failures", "unknown", "lost")
+QUERIES = ("servicemap", "changes", "failures", "unknown", "lost", "clocks")
 ALL = ("2000-01-01 00:00:00", "2100-01-01 00:00:00")
 INSERT = {
     "user": "tcptools",
@@ -40,24 +40,27 @@ INSERT = {
 
 @pytest.fixture(scope="module")
 def running(clickhouse_library, tmp_path_factory):
+    """Three servers, set up as the README says. Without ON CLUSTER, which the library
+    does not have, each gets what it would send to all.
+    """
     top = tmp_path_factory.mktemp("cluster")
+    distributed = (FLEET / "cluster.sql").read_text()
     with clickhouse.servers(clickhouse_library, top, 3) as servers:
+        for server in servers:
+            server.query("CREATE DATABASE fleet_local")
+            server.run((FLEET / "schema.sql").read_text(), database="fleet_local")
+        for server in servers:
+            server.run(distributed.replace(" ON CLUSTER '{cluster}'", ""))
         yield servers
 
 
 @pytest.fixture
 def cluster(running):
-    """Three servers, set up as the README says. Without ON CLUSTER, which the library
-    does not have, each gets what it would send to all.
-    """
-    distributed = (FLEET / "cluster.sql").read_text()
+    """The servers, empty."""
     for server in running:
-        for name in ("fleet", "fleet_local"):
-            server.query(f"DROP DATABASE IF EXISTS {name} SYNC")
-        server.query("CREATE DATABASE fleet_local")
-        server.run((FLEET / "schema.sql").read_text(), database="fleet_local")
-    for server in running:
-        server.run(distributed.replace(" ON CLUSTER '{cluster}'", ""))
+        server.query("DROP TABLE IF EXISTS fleet.tcp_edges_refresh SYNC")
+    everywhere(running, "TRUNCATE TABLE tcp_events")
+    everywhere(running, "TRUNCATE TABLE tcp_edges")
     return running
 
 
@@ -75,7 +78,8 @@ def address(host):
 
 def traffic(count, seed=7):
     """The events of so many connections between five hosts and an external one, in the
-    last three hours. Some are missing, or failed, or on loopback.
+    last three hours. Some are missing, or failed, or on loopback. The clock of h3 is
+    4 s ahead.
     """
     choose = random.Random(seed)
     begin, _ = begin_of_hour(3)
@@ -92,14 +96,17 @@ def traffic(count, seed=7):
             server = client = client or server
             flow.update(saddr="127.0.0.1", daddr="127.0.0.1")
         comm = choose.choice(("curl", "nginx", "gunicorn"))
+        offsets = {3: 4 * SECOND}
+        at_server = at + choose.randrange(5_000) + offsets.get(server, 0)
+        at += offsets.get(client, 0)
         if client and choose.random() < 0.1:
             error = choose.choice(("ECONNREFUSED", "ETIMEDOUT"))
-            yield event("connect_failed", at, f"h{client}", comm, error=error, **flow)
+            yield failed(at, comm, f"h{client}", error, **flow)
             continue
         if client and choose.random() < 0.9:
             yield connect(at, comm, f"h{client}", **flow)
         if server and choose.random() < 0.9:
-            yield accept(at + choose.randrange(500_000), "httpd", f"h{server}", **flow)
+            yield accept(at_server, "httpd", f"h{server}", **flow)
     for hour in range(3):
         yield {**lost("h1", 13), "ts": connect(begin + hour * HOUR)["ts"]}
 
@@ -117,34 +124,32 @@ def ask(server, query, since, until):
     return [json.loads(line) for line in answer.splitlines()]
 
 
-def answers(server, since, until):
+def ask_all(server, since, until):
     return {query: ask(server, query, since, until) for query in QUERIES}
 
 
-def expected(events, since, until):
-    """The same answers from chdb, without a server."""
-    with database(*events) as session:
-        session.query(f"SET param_since = '{since}', param_until = '{until}'")
-        return {
-            query: servicemap.ask(session, (FLEET / f"{query}.sql").read_text())
-            for query in QUERIES
-        }
+def expected(database, events, since, until):
+    """The same answers without a server."""
+    database.load(events)
+    return {query: database.ask(query, since, until) for query in QUERIES}
 
 
-def test_queries(cluster):
-    """Rows come in through any server, are spread over all, and any is asked."""
-    events = list(traffic(900))
+def test_queries(cluster, database):
+    """Rows come in through any server, are spread over all, and any is asked. Each has
+    enough of each hour to know that a clock is off.
+    """
+    events = list(traffic(3000))
     for n, server in enumerate(cluster):
         server.query(text(events[n::3]), **INSERT)
     for server in cluster:
         assert server.query("SELECT count() > 99 FROM fleet_local.tcp_events") == "1\n"
-    whole = expected(events, *ALL)
-    assert answers(cluster[0], *ALL) == whole
+    whole = expected(database, events, *ALL)
+    assert ask_all(cluster[0], *ALL) == whole
     for server in cluster[1:]:
         assert ask(server, "servicemap", *ALL) == whole["servicemap"]
     hour = begin_of_hour(2)[1], begin_of_hour(1)[1]
-    part = expected(events, *hour)
-    assert answers(cluster[0], *hour) == part
+    part = expected(database, events, *hour)
+    assert ask_all(cluster[0], *hour) == part
     assert all(part[query] and part[query] != whole[query] for query in QUERIES)
 
 
@@ -198,18 +203,17 @@ def everywhere(cluster, statement):
 
 def test_hours_are_stored(cluster):
     """Each once and whole, by one server, whatever was stored before."""
-    hours = [begin_of_hour(hour)[1] for hour in (9, 8, 7, 5)]
-    failed = event("connect_failed", begin_of_hour(7)[0], "web1", "curl", error="EPERM")
+    hours = [begin_of_hour(hour)[1] for hour in (9, 7, 5)]
+    failure = failed(begin_of_hour(7)[0], error="EPERM")
     first, rest = connections(9, "first", 3), connections(5, "later", 7, port=20)
-    rest += connections(8, "first", 5, port=10) + connections(0, "now", 11, port=30)
-    cluster[0].query(text([*first, failed, *rest]), **INSERT)
+    rest += connections(0, "now", 11, port=30)
+    cluster[0].query(text([*first, failure, *rest]), **INSERT)
     store_hours(cluster[1])
-    refresh(cluster[1], 5)
+    refresh(cluster[1], 3)
     whole = [
         *((hours[0], "", 0), (hours[0], "first", 3)),
-        *((hours[1], "", 0), (hours[1], "first", 5)),
-        (hours[2], "", 0),  # it has events, and no edges
-        *((hours[3], "", 0), (hours[3], "later", 7)),
+        (hours[1], "", 0),  # it has events, and no edges
+        *((hours[2], "", 0), (hours[2], "later", 7)),
     ]
     assert stored(cluster[2]) == whole
     # What was late is stored with its hour, as the README says
@@ -217,19 +221,19 @@ def test_hours_are_stored(cluster):
     refresh(cluster[1], 1)
     assert stored(cluster[0]) == whole
     cluster[1].query("SYSTEM STOP VIEW fleet.tcp_edges_refresh")
-    everywhere(cluster, f"DELETE FROM tcp_edges WHERE hour >= '{hours[2]}'")
+    everywhere(cluster, f"DELETE FROM tcp_edges WHERE hour >= '{hours[1]}'")
     cluster[1].query("SYSTEM START VIEW fleet.tcp_edges_refresh")
     refresh(cluster[1], 2)
-    whole.insert(-1, (hours[3], "late", 2))
+    whole.insert(-1, (hours[2], "late", 2))
     assert stored(cluster[0]) == whole
     # A server was killed in the middle
-    everywhere(cluster, f"DELETE FROM tcp_edges WHERE hour = '{hours[3]}' AND known=''")
+    everywhere(cluster, f"DELETE FROM tcp_edges WHERE hour = '{hours[2]}' AND known=''")
     refresh(cluster[1], 1)
     everywhere(cluster, "OPTIMIZE TABLE tcp_edges FINAL")
     assert stored(cluster[0]) == whole
 
 
-def test_what_is_new(cluster):
+def test_what_is_new(cluster, database):
     """With stored hours the answers are the same, and there are some when the events
     have expired.
     """
@@ -240,8 +244,9 @@ def test_what_is_new(cluster):
     refresh(cluster[0], 2)
     assert len(stored(cluster[0])) == 4
     times = [(begin_of_hour(9)[1], ALL[1]), (begin_of_hour(8)[1], begin_of_hour(1)[1])]
+    database.load(events)
     for time in times:
-        assert ask(cluster[1], "changes", *time) == expected(events, *time)["changes"]
+        assert ask(cluster[1], "changes", *time) == database.ask("changes", *time)
     everywhere(cluster, "TRUNCATE TABLE tcp_events")
     cluster[2].query(text(connections(0, "first", 2, port=50)), **INSERT)
     cluster[2].query(text(connections(0, "newest", 13, port=60)), **INSERT)
@@ -278,4 +283,20 @@ def test_a_server_is_killed_in_the_middle_of_an_insert(cluster, victim):
     cluster[victim].wait()
     for rows in (before, during, text(after)):
         cluster[0].query(rows, **INSERT)
-    assert answers(cluster[1], *ALL) == expected(events, *ALL)
+    assert stored_events(cluster[1]) == sorted(map(identity, events))
+
+
+def identity(row):
+    """What tells an event from all others."""
+    return row["ts"], row["event"], row["host"], row.get("sport", 0)
+
+
+def stored_events(server):
+    rows = server.query(
+        "SELECT ts, event, host, sport FROM tcp_events FINAL FORMAT JSONEachRow",
+        user="reader",
+        database="fleet",
+        date_time_output_format="iso",
+    )
+    found = (json.loads(line) for line in rows.splitlines())
+    return sorted(map(identity, found))
