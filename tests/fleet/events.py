@@ -105,13 +105,16 @@ class Database:
         self.session, self.events = session, None
 
     def load(self, events, edges=()):
-        """edges: rows of tcp_edges."""
+        """edges: rows of tcp_edges. All is inserted twice, as by a shipper that tries
+        again: rows are one only after that, by FINAL.
+        """
         self.events = events
         self.session.query("TRUNCATE TABLE tcp_events; TRUNCATE TABLE tcp_edges")
-        assert servicemap.load_chunk(self.session, text(events)) == []
-        if edges:
-            rows = text(edges).decode()
-            self.session.query(f"INSERT INTO tcp_edges FORMAT JSONEachRow {rows}")
+        for _ in range(2):
+            assert servicemap.load_chunk(self.session, text(events)) == []
+            if edges:
+                rows = text(edges).decode()
+                self.session.query(f"INSERT INTO tcp_edges FORMAT JSONEachRow {rows}")
 
     def ask(self, query="servicemap", since=servicemap.BEGIN, until=servicemap.END):
         """The rows that a query gives; without a time, of all events."""

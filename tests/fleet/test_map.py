@@ -521,7 +521,7 @@ def test_the_shippers_insert(database):
         lost("db2", 17),
         failed(5, error="ETIMEDOUT", **more),
     ]
-    everything = "SELECT * FROM tcp_events ORDER BY ALL"
+    everything = "SELECT * FROM tcp_events FINAL ORDER BY ALL"
     database.load(events)
     ours = servicemap.ask(database.session, everything)
     assert len(ours) == 4
