@@ -71,7 +71,7 @@ def rows(tool, options, events, first_ts=0, queries=None, path=None):
         names = [SimpleNamespace(query=queried.get) if queries else None]
     fields_of = functools.partial(tool.json_fields_of, args, *names)
     written = []
-    tool.json_form.cache_clear()
+    tool.json_parts.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tool, "cgroup_path", {CGROUP: path}.get)
         patch.setattr(tool, "write", written.append)
