@@ -153,7 +153,7 @@ def test_how_a_buffer_is_opened(shared):
     which, attr, pid, cpu, group, flags = call
     assert (which, pid, cpu, group) == (1, -1, 1, -1)
     assert flags == 8  # PERF_FLAG_FD_CLOEXEC
-    names = "type size config sample_period sample_type read_format flags wakeup_events"
+    names = "type size config sample_period sample_type read_format flags wakeup"
     values = struct.unpack("=IIQQQQQI", attr[:52])
     assert dict(zip(names.split(), values)) == {
         "type": 1,  # PERF_TYPE_SOFTWARE
@@ -162,21 +162,11 @@ def test_how_a_buffer_is_opened(shared):
         "sample_period": 1,
         "sample_type": 1 << 10,  # PERF_SAMPLE_RAW
         "read_format": 0,
-        "flags": 0,  # and so no watermark: the wakeup is by events
-        "wakeup_events": BYTES // 72 // 4,
+        "flags": 1 << 14,  # watermark: the wakeup is by bytes
+        "wakeup": BYTES // 4,
     }
     assert attr[52:] == bytes(12)
     assert update == (71, struct.pack("=I", 1), struct.pack("=I", ring.fd))
-
-
-def test_events_larger_than_a_quarter_wake_one_by_one(shared):
-    opened, ring, event = [], Ring(), struct.Struct("=QII2500s")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared, "online_cpus", lambda: [0])
-        patch.setattr(shared, "map_update", lambda *_: None)
-        patch.setattr(shared, "syscall", lambda *a: opened.append(a[1]) or ring.fd)
-        shared.Buffers(71, event, PAGES, Poll())
-    assert struct.unpack_from("=I", opened[0], 48) == (1,)
 
 
 def test_the_pages_that_were_asked_for(shared, monkeypatch):
@@ -255,7 +245,7 @@ def test_as_many_lost_records_as_fill_a_whole_event(shared):
 
 def test_responses_of_all_lengths(shared):
     """Each has its message, of as many bytes as it has, up to the most that is read;
-    records of losses are between them.
+    records of losses are between them. The buffer wakes its reader as any other.
     """
 
     def record(number, message):
@@ -264,9 +254,11 @@ def test_responses_of_all_lengths(shared):
         raw += bytes(-(12 + len(raw)) % 8)
         return struct.pack("=IHHI", SAMPLE, 2, 12 + len(raw), len(raw)) + raw
 
-    longest = struct.Struct(f"{shared.RESPONSE.format}{shared.MAX_MESSAGE}s")
-    with cpus(shared, ring := Ring()):
-        buffers = shared.Buffers(71, longest, PAGES, Poll(), shared.responses_in)
+    args = parse(shared)
+    traced = SimpleNamespace(maps={"responses": 71})
+    with cpus(shared, ring := Ring(), opened=(opened := [])):
+        buffers = shared.Names(args, traced, PAGES, Poll()).responses
+    assert struct.unpack_from("=QI", opened[0][1], 40) == (1 << 14, BYTES // 4)
     for lengths in ((0, 1, 2, 4095), (12, 29, 71), (257,), (4095,)):
         messages = [bytes([SAMPLE]) * length for length in lengths]
         ring.write(b"".join(lost(1) + record(n, m) for n, m in enumerate(messages)))
