@@ -39,6 +39,7 @@ from traffic import (
     connect_refused,
     listener,
     lost,
+    on_cpu,
     port_of,
     run_mixed_traffic,
 )
@@ -423,11 +424,6 @@ def test_pid_in_a_pid_namespace_of_its_own(start):
     assert tool.complaints() == [
         "tcpaccept: no such process seen yet (-p takes PIDs of the host): 1"
     ]
-
-
-def on_cpu(cpu, function, *args):
-    os.sched_setaffinity(0, {cpu})
-    return function(*args)
 
 
 def connect_and_accept_on_cpu(cpu, count):

@@ -216,6 +216,11 @@ def is_accepting(tid):
     return call in ("43", "288")  # accept, accept4 on x86-64
 
 
+def on_cpu(cpu, function, *args):
+    os.sched_setaffinity(0, {cpu})
+    return function(*args)
+
+
 def connect_often(address, port, count):
     for _ in range(count):
         with socket.create_connection((address, port)) as client:

@@ -7,6 +7,7 @@ import io
 import itertools
 import mmap
 import os
+import re
 import select
 import struct
 import subprocess
@@ -15,7 +16,7 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
-from conftest import TOP, parse
+from conftest import TOP, load, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,7 +84,7 @@ def cpus(shared, *rings, opened=None):
         opened.append(arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared, "online_cpus", lambda: range(len(rings)))
+        patch.setattr(shared, "cpus", lambda state: range(len(rings)))
         patch.setattr(shared, "syscall", syscall)
         patch.setattr(shared, "map_update", map_update)
         yield
@@ -178,7 +179,7 @@ def test_the_pages_that_were_asked_for(shared, monkeypatch):
 
     fakes = SimpleNamespace(mmap=mmap_of, PAGESIZE=mmap.PAGESIZE)
     monkeypatch.setattr(shared, "mmap", fakes)
-    monkeypatch.setattr(shared, "online_cpus", lambda: [0, 2])
+    monkeypatch.setattr(shared, "cpus", lambda state: [0, 2])
     monkeypatch.setattr(shared, "syscall", lambda *_: 9)
     monkeypatch.setattr(shared, "map_update", lambda *_: None)
     shared.Buffers(71, EVENT, 64, Poll())
@@ -189,7 +190,7 @@ def test_buffers_that_cannot_be_opened(shared, monkeypatch, capfd):
     def syscall(*_):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.setattr(shared, "online_cpus", lambda: [0])
+    monkeypatch.setattr(shared, "cpus", lambda state: [0])
     monkeypatch.setattr(shared, "syscall", syscall)
     why = "Operation not permitted (see tcpconnect(8), DIAGNOSTICS)"
     with pytest.raises(SystemExit) as end:
@@ -273,7 +274,7 @@ def test_records_of_the_tools_events(tool):
     for options in ([], ["--json"]):
         event = tool.event_struct(parse(tool, *options))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tool, "online_cpus", lambda: ())
+            patch.setattr(tool, "cpus", lambda state: ())
             record = tool.Buffers(71, event, PAGES, Poll()).record
         assert record.size == -(-(8 + 4 + event.size) // 8) * 8
         packed = (bytes(range(256)) * 9)[: event.size]
@@ -290,15 +291,30 @@ def test_records_of_the_tools_events(tool):
         ("1,4-5,127-128\n", [1, 4, 5, 127, 128]),
     ],
 )
-def test_online_cpus(shared, monkeypatch, text, cpus):
+def test_cpus(shared, monkeypatch, text, cpus):
     files = {"/sys/devices/system/cpu/online": text}
     opened = lambda path: io.StringIO(files[path])
     monkeypatch.setattr(shared, "open", opened, raising=False)
-    assert list(shared.online_cpus()) == cpus
+    assert list(shared.cpus("online")) == cpus
 
 
-def test_online_cpus_of_this_machine(shared):
-    assert len(list(shared.online_cpus())) == os.sysconf("SC_NPROCESSORS_ONLN")
+def test_cpus_of_this_machine(shared):
+    for state, name in ("online", "ONLN"), ("possible", "CONF"):
+        assert len(list(shared.cpus(state))) == os.sysconf(f"SC_NPROCESSORS_{name}")
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "name"),
+    [("fexit", "-t", "seen"), ("kprobe", "-q", "listening")],
+)
+def test_threads_that_are_tracked(monkeypatch, method, option, name):
+    """4,096, and 256 for each CPU that there may be."""
+    tool, possible = load("tcpaccept"), "0-31\n"
+    monkeypatch.setattr(tool, "open", lambda _: io.StringIO(possible), raising=False)
+    program = tool.c_program(parse(tool, option), method, None)
+    maps = re.findall(r'"lru_hash", .*, (\w+), (\w+)\);', program)
+    assert maps == [(name, "LRU_ENTRIES")]
+    assert "#define LRU_ENTRIES 12288\n" in program
 
 
 @pytest.mark.parametrize("page_bytes", [4096, 65536])
