@@ -2,7 +2,6 @@
 inet_csk_accept() nor a kretprobe sees that call return.
 """
 
-import json
 import os
 import socket
 from types import SimpleNamespace
@@ -13,13 +12,14 @@ from conftest import (
     IPV6,
     METHODS,
     Worker,
-    best_method,
     read_byte,
     row,
     running,
     until,
 )
 from traffic import (
+    IPPROTO_MPTCP,
+    MPTCP_ENABLED,
     accept_in_threads,
     connect_often,
     connect_to,
@@ -36,11 +36,19 @@ def accept_blocking(server, count):
             peer.send(b".")
 
 
+def blocked(comm, server):
+    """A worker that is blocked in accept(); it accepts 3 connections."""
+    worker = Worker(comm, accept_blocking, server, 3)
+    until("a server blocked in accept()", lambda: is_accepting(worker.pid))
+    return worker
+
+
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):
-    """What has accepted, where, and {method: rows} of tcpaccept; the objects of -q.
+    """What has accepted, where, and {method: rows} of tcpaccept -q.
 
-    Threads and a server that were blocked before, and a server that came later.
+    Threads and servers that were blocked before, two of them for Multipath TCP, as Go's
+    are (1.24 and later), and a server that came later. The clients are plain ones.
     """
     servers = [listener(socket.AF_INET, IPV4) for _ in range(2)]
     servers.append(listener(socket.AF_INET6, IPV6))
@@ -48,47 +56,59 @@ def traced(tmp_path_factory):
     ready, tell = os.pipe()
     threads = Worker(b"blocked", accept_in_threads, servers[0], THREADS, tell)
     read_byte(ready, "threads blocked in accept()")
-    early = Worker(b"early", accept_blocking, servers[1], 3)
-    until("a server blocked in accept()", lambda: is_accepting(early.pid))
-    commands = {method: ("tcpaccept", method) for method in METHODS}
-    commands["queue"] = ("tcpaccept -q --json", best_method())
+    early = blocked(b"early", servers[1])
+    mptcp = []
+    if MPTCP_ENABLED.exists():
+        MPTCP_ENABLED.write_text("1")
+        for family, address in (socket.AF_INET, IPV4), (socket.AF_INET6, IPV6):
+            server = listener(family, address, proto=IPPROTO_MPTCP)
+            to = family, address, server.getsockname()[1]
+            mptcp.append((blocked(b"mptcp", server), *to))
+    commands = {method: ("tcpaccept -q", method) for method in METHODS}
     with running(tmp_path_factory, commands) as tools:
         connect_often(IPV4, ports[0], THREADS)
         late = Worker(b"late", accept_blocking, servers[2], 3)
         both = [(socket.AF_INET6, IPV6, ports[2]), (socket.AF_INET, IPV4, ports[1])]
-        Worker(b"client", connect_to, both * 3).report()
-        for worker in (threads, early, late):
+        targets = [to for _, *to in mptcp]
+        Worker(b"client", connect_to, [*both * 3, *targets * 3]).report()
+        for worker in (threads, early, late, *[worker for worker, *_ in mptcp]):
             worker.report()
     rows = {key: tool.rows() for key, tool in tools.items()}
-    queues = [json.loads(line) for line in rows.pop("queue")]
     pids = [worker.pid for worker in (threads, early, late)]
-    return SimpleNamespace(pids=pids, ports=ports, rows=rows, queues=queues)
+    servers = [(worker.pid, address, port) for worker, _, address, port in mptcp]
+    return SimpleNamespace(pids=pids, ports=ports, rows=rows, mptcp=servers)
+
+
+# QLEN and QMAX: which socket a thread waited at before is not known
+NOT_KNOWN, EMPTY = f"{'-':<5} -", f"{0:<5} 128"
+
+
+def queue_row(pid, comm, address, port, queue):
+    ip = 6 if ":" in address else 4
+    return row(pid, comm, ip, address, address, f"{port:<5} {queue}")
 
 
 def test_many_threads(traced):
-    line = row(traced.pids[0], "blocked", 4, IPV4, IPV4, traced.ports[0])
+    end = IPV4, traced.ports[0], NOT_KNOWN
     for rows in traced.rows.values():
-        assert rows[:THREADS] == [line] * THREADS
+        assert rows[:THREADS] == [queue_row(traced.pids[0], "blocked", *end)] * THREADS
 
 
 def test_beside_a_server_that_came_later(traced):
     """Its first accept shows, and the next ones, in turns with the other's."""
+    _, early, late = zip(traced.pids, traced.ports)
+    lines = [queue_row(late[0], "late", IPV6, late[1], EMPTY)] * 3
+    for queue in NOT_KNOWN, EMPTY, EMPTY:
+        lines.append(queue_row(early[0], "early", IPV4, early[1], queue))
+    for rows in traced.rows.values():
+        assert sorted(rows[THREADS : THREADS + 6]) == sorted(lines)
+
+
+def test_plain_clients_of_multipath_tcp(traced):
     lines = [
-        row(traced.pids[2], "late", 6, IPV6, IPV6, traced.ports[2]),
-        row(traced.pids[1], "early", 4, IPV4, IPV4, traced.ports[1]),
+        queue_row(pid, "mptcp", address, port, queue)
+        for queue in (NOT_KNOWN, EMPTY, EMPTY)
+        for pid, address, port in traced.mptcp
     ]
     for rows in traced.rows.values():
-        assert sorted(rows[THREADS:]) == sorted(lines * 3)
-
-
-def test_queue(traced):
-    """Which socket they waited at is not known, so neither is its queue."""
-    found = {pid: [] for pid in traced.pids}
-    for one in traced.queues:
-        found[one["pid"]].append((one["dport"], one.get("qlen"), one.get("qmax")))
-    threads, early, late = (
-        (found[pid], port) for pid, port in zip(traced.pids, traced.ports)
-    )
-    assert threads[0] == [(threads[1], None, None)] * THREADS
-    assert early[0] == [(early[1], None, None)] + [(early[1], 0, 128)] * 2
-    assert late[0] == [(late[1], 0, 128)] * 3
+        assert rows[THREADS + 6 :] == lines

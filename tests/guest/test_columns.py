@@ -15,14 +15,24 @@ from conftest import (
     IPV6,
     NOBODY4,
     NOBODY6,
+    TOP,
     Worker,
     best_method,
     only_at_both_ends,
+    read_byte,
     row,
     until,
 )
 from test_options import Traffic
-from traffic import connect_nonblocking, listener, waiting
+from traffic import (
+    accept_in_threads,
+    connect_nonblocking,
+    connect_often,
+    connect_to_itself,
+    listener,
+    on_cpu,
+    waiting,
+)
 
 pytestmark = only_at_both_ends
 
@@ -123,6 +133,27 @@ def test_queue(start):
     assert table.stop() == rows
     known = [json.loads(line) for line in lines.stop()]
     assert [(line["qlen"], line["qmax"]) for line in known] == queues
+
+
+def test_queue_of_many_threads(start, tmp_path):
+    """As many as are tracked, on one CPU, after the other has accepted: each CPU keeps
+    entries of the map to itself. A tool that tracks 257; it is 4,096 elsewhere.
+    """
+    small, text = tmp_path / "tcpaccept", (TOP / "tcpaccept").read_text()
+    assert text.count("THREADS = 4096 ") == 1
+    small.write_text(text.replace("THREADS = 4096 ", "THREADS = 257 "))
+    small.chmod(0o755)
+    (tool,) = start(f"{small} -q", TCPTOOLS_METHOD="kprobe")
+    Worker(b"other", on_cpu, 1, connect_to_itself, 1).report()
+    server, (ready, tell) = listener(socket.AF_INET, IPV4), os.pipe()
+    worker = Worker(b"blocked", on_cpu, 0, accept_in_threads, server, 257, tell)
+    read_byte(ready, "257 threads blocked in accept()")
+    port = server.getsockname()[1]
+    connect_often(IPV4, port, 257)
+    worker.report()
+    _, *rows = tool.stop()
+    queue = f"{port:<5} {0:<5} 128"
+    assert rows == [row(worker.pid, "blocked", 4, IPV4, IPV4, queue)] * 257
 
 
 def ask(name, kind="A", server="127.0.0.1"):

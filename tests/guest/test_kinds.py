@@ -34,6 +34,8 @@ from conftest import (
 from io_uring import accept_by_io_uring, connect_by_io_uring
 from traffic import (
     CLONE_NEWNS,
+    IPPROTO_MPTCP,
+    MPTCP_ENABLED,
     accept_in_threads,
     connect_and_reset,
     connect_often,
@@ -45,7 +47,7 @@ from traffic import (
 )
 
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
-IPPROTO_MPTCP, SOL_MPTCP, MPTCP_INFO = 262, 284, 1
+SOL_MPTCP, MPTCP_INFO = 284, 1
 JOIN_SECONDS = 5  # within which subflows come, unless an MP_JOIN failed
 
 
@@ -281,13 +283,10 @@ def connect_mptcp(port, count):
 
 @pytest.fixture
 def mptcp_server():
-    sysctl = pathlib.Path("/proc/sys/net/mptcp/enabled")
-    if not sysctl.exists():
+    if not MPTCP_ENABLED.exists():
         pytest.skip("this kernel has no Multipath TCP")
-    sysctl.write_text("1")
-    with socket.socket(proto=IPPROTO_MPTCP) as server:
-        server.bind((IPV4, 0))
-        server.listen(16)
+    MPTCP_ENABLED.write_text("1")
+    with listener(socket.AF_INET, IPV4, proto=IPPROTO_MPTCP) as server:
         yield server
 
 

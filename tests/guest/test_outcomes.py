@@ -50,7 +50,8 @@ REJECTED4, REJECTED6 = "192.0.2.66", "2001:db8::66"
 NO_ROUTE4, NO_ROUTE6 = "203.0.113.1", "2001:db8:ffff::1"
 TCP_SYNCNT = 7
 IPV6_RECVERR = 25
-TCP_CLOSE = 7  # a state
+TCP_REPAIR = 19
+TCP_ESTABLISHED, TCP_CLOSE = 1, 7  # states
 
 
 @pytest.fixture(scope="module")
@@ -461,6 +462,28 @@ def test_io_uring(expect):
 def test_fast_open(expect):
     client, _, port = run_fast_opens(5)
     expect([ended_row(client, 4, IPV4, IPV4, port, "-")] * 5)
+
+
+def restore(targets):
+    """Have sockets that are ESTABLISHED when connect() returns, and no packet sent."""
+    for family, address, port in targets:
+        with socket.socket(family) as client:
+            client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+            client.connect((address, port))
+            assert state_of(client) == TCP_ESTABLISHED
+
+
+def test_restored(expect):
+    """As CRIU does it: `podman container restore --tcp-established`."""
+    targets = [
+        (socket.AF_INET, IPV4, 81),
+        (socket.AF_INET6, IPV6, 82),
+        (socket.AF_INET6, MAPPED, 83),
+    ]
+    worker = Worker(b"client", restore, targets)
+    worker.report()
+    ends = [(4, IPV4, 81), (6, IPV6, 82), (4, IPV4, 83)]
+    expect([ended_row(worker, ip, to, to, port, "-") for ip, to, port in ends])
 
 
 @pytest.fixture

@@ -19,10 +19,12 @@ MAPPED = f"::ffff:{IPV4}"
 LINGER_0 = b"\1\0\0\0\0\0\0\0"  # close() resets the connection
 CLONE_NEWNS = 0x00020000
 TCP_FASTOPEN_CONNECT = 30  # linux/tcp.h
+IPPROTO_MPTCP = 262
+MPTCP_ENABLED = pathlib.Path("/proc/sys/net/mptcp/enabled")  # if the kernel has it
 
 
-def listener(family, address, backlog=128):
-    server = socket.socket(family)
+def listener(family, address, backlog=128, proto=0):
+    server = socket.socket(family, proto=proto)
     if family == socket.AF_INET6:
         server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     server.bind((address, 0))
@@ -214,6 +216,11 @@ def is_accepting(tid):
     """Whether a thread is blocked in accept()."""
     call = pathlib.Path(f"/proc/{tid}/syscall").read_text().split()[0]
     return call in ("43", "288")  # accept, accept4 on x86-64
+
+
+def on_cpu(cpu, function, *args):
+    os.sched_setaffinity(0, {cpu})
+    return function(*args)
 
 
 def connect_often(address, port, count):

@@ -7,6 +7,7 @@ import io
 import itertools
 import mmap
 import os
+import re
 import select
 import struct
 import subprocess
@@ -15,7 +16,7 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
-from conftest import TOP, parse
+from conftest import TOP, load, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,7 +84,7 @@ def cpus(shared, *rings, opened=None):
         opened.append(arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared, "online_cpus", lambda: range(len(rings)))
+        patch.setattr(shared, "cpus", lambda state: range(len(rings)))
         patch.setattr(shared, "syscall", syscall)
         patch.setattr(shared, "map_update", map_update)
         yield
@@ -153,7 +154,7 @@ def test_how_a_buffer_is_opened(shared):
     which, attr, pid, cpu, group, flags = call
     assert (which, pid, cpu, group) == (1, -1, 1, -1)
     assert flags == 8  # PERF_FLAG_FD_CLOEXEC
-    names = "type size config sample_period sample_type read_format flags wakeup_events"
+    names = "type size config sample_period sample_type read_format flags wakeup"
     values = struct.unpack("=IIQQQQQI", attr[:52])
     assert dict(zip(names.split(), values)) == {
         "type": 1,  # PERF_TYPE_SOFTWARE
@@ -162,21 +163,11 @@ def test_how_a_buffer_is_opened(shared):
         "sample_period": 1,
         "sample_type": 1 << 10,  # PERF_SAMPLE_RAW
         "read_format": 0,
-        "flags": 0,  # and so no watermark: the wakeup is by events
-        "wakeup_events": BYTES // 72 // 4,
+        "flags": 1 << 14,  # watermark: the wakeup is by bytes
+        "wakeup": BYTES // 4,
     }
     assert attr[52:] == bytes(12)
     assert update == (71, struct.pack("=I", 1), struct.pack("=I", ring.fd))
-
-
-def test_events_larger_than_a_quarter_wake_one_by_one(shared):
-    opened, ring, event = [], Ring(), struct.Struct("=QII2500s")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared, "online_cpus", lambda: [0])
-        patch.setattr(shared, "map_update", lambda *_: None)
-        patch.setattr(shared, "syscall", lambda *a: opened.append(a[1]) or ring.fd)
-        shared.Buffers(71, event, PAGES, Poll())
-    assert struct.unpack_from("=I", opened[0], 48) == (1,)
 
 
 def test_the_pages_that_were_asked_for(shared, monkeypatch):
@@ -188,7 +179,7 @@ def test_the_pages_that_were_asked_for(shared, monkeypatch):
 
     fakes = SimpleNamespace(mmap=mmap_of, PAGESIZE=mmap.PAGESIZE)
     monkeypatch.setattr(shared, "mmap", fakes)
-    monkeypatch.setattr(shared, "online_cpus", lambda: [0, 2])
+    monkeypatch.setattr(shared, "cpus", lambda state: [0, 2])
     monkeypatch.setattr(shared, "syscall", lambda *_: 9)
     monkeypatch.setattr(shared, "map_update", lambda *_: None)
     shared.Buffers(71, EVENT, 64, Poll())
@@ -199,7 +190,7 @@ def test_buffers_that_cannot_be_opened(shared, monkeypatch, capfd):
     def syscall(*_):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.setattr(shared, "online_cpus", lambda: [0])
+    monkeypatch.setattr(shared, "cpus", lambda state: [0])
     monkeypatch.setattr(shared, "syscall", syscall)
     why = "Operation not permitted (see tcpconnect(8), DIAGNOSTICS)"
     with pytest.raises(SystemExit) as end:
@@ -255,7 +246,7 @@ def test_as_many_lost_records_as_fill_a_whole_event(shared):
 
 def test_responses_of_all_lengths(shared):
     """Each has its message, of as many bytes as it has, up to the most that is read;
-    records of losses are between them.
+    records of losses are between them. The buffer wakes its reader as any other.
     """
 
     def record(number, message):
@@ -264,9 +255,11 @@ def test_responses_of_all_lengths(shared):
         raw += bytes(-(12 + len(raw)) % 8)
         return struct.pack("=IHHI", SAMPLE, 2, 12 + len(raw), len(raw)) + raw
 
-    longest = struct.Struct(f"{shared.RESPONSE.format}{shared.MAX_MESSAGE}s")
-    with cpus(shared, ring := Ring()):
-        buffers = shared.Buffers(71, longest, PAGES, Poll(), shared.responses_in)
+    args = parse(shared)
+    traced = SimpleNamespace(maps={"responses": 71})
+    with cpus(shared, ring := Ring(), opened=(opened := [])):
+        buffers = shared.Names(args, traced, PAGES, Poll()).responses
+    assert struct.unpack_from("=QI", opened[0][1], 40) == (1 << 14, BYTES // 4)
     for lengths in ((0, 1, 2, 4095), (12, 29, 71), (257,), (4095,)):
         messages = [bytes([SAMPLE]) * length for length in lengths]
         ring.write(b"".join(lost(1) + record(n, m) for n, m in enumerate(messages)))
@@ -281,7 +274,7 @@ def test_records_of_the_tools_events(tool):
     for options in ([], ["--json"]):
         event = tool.event_struct(parse(tool, *options))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tool, "online_cpus", lambda: ())
+            patch.setattr(tool, "cpus", lambda state: ())
             record = tool.Buffers(71, event, PAGES, Poll()).record
         assert record.size == -(-(8 + 4 + event.size) // 8) * 8
         packed = (bytes(range(256)) * 9)[: event.size]
@@ -298,15 +291,30 @@ def test_records_of_the_tools_events(tool):
         ("1,4-5,127-128\n", [1, 4, 5, 127, 128]),
     ],
 )
-def test_online_cpus(shared, monkeypatch, text, cpus):
+def test_cpus(shared, monkeypatch, text, cpus):
     files = {"/sys/devices/system/cpu/online": text}
     opened = lambda path: io.StringIO(files[path])
     monkeypatch.setattr(shared, "open", opened, raising=False)
-    assert list(shared.online_cpus()) == cpus
+    assert list(shared.cpus("online")) == cpus
 
 
-def test_online_cpus_of_this_machine(shared):
-    assert len(list(shared.online_cpus())) == os.sysconf("SC_NPROCESSORS_ONLN")
+def test_cpus_of_this_machine(shared):
+    for state, name in ("online", "ONLN"), ("possible", "CONF"):
+        assert len(list(shared.cpus(state))) == os.sysconf(f"SC_NPROCESSORS_{name}")
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "name"),
+    [("fexit", "-t", "seen"), ("kprobe", "-q", "listening")],
+)
+def test_threads_that_are_tracked(monkeypatch, method, option, name):
+    """4,096, and 256 for each CPU that there may be."""
+    tool, possible = load("tcpaccept"), "0-31\n"
+    monkeypatch.setattr(tool, "open", lambda _: io.StringIO(possible), raising=False)
+    program = tool.c_program(parse(tool, option), method, None)
+    maps = re.findall(r'"lru_hash", .*, (\w+), (\w+)\);', program)
+    assert maps == [(name, "LRU_ENTRIES")]
+    assert "#define LRU_ENTRIES 12288\n" in program
 
 
 @pytest.mark.parametrize("page_bytes", [4096, 65536])

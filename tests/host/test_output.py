@@ -715,10 +715,11 @@ def test_programs_that_lose_no_event(name, tool, monkeypatch):
     """
     counted, others = {
         "tcpconnect": (
-            ["kretfunc__vmlinux__tcp_v4_connect", "kfunc__tcp_disconnect"]
-            + ["kprobe__tcp_connect", "kretprobe__tcp_v4_connect", "trace_v6_return"],
+            ["kretfunc__vmlinux__tcp_v4_connect", "kprobe__tcp_connect"]
+            + ["kretprobe__tcp_v4_connect", "trace_v6_return"],
             ["kfunc__vmlinux__skb_consume_udp", "kprobe__skb_consume_udp"]
-            + ["trace_state", "trace_state_in_softirq"],
+            + ["kfunc__vmlinux__tcp_disconnect", "kprobe__tcp_disconnect"]
+            + ["trace_state", "trace_state_in_softirq", "is_missed"],
         ),
         "tcpaccept": (
             ["kretfunc__vmlinux__inet_csk_accept", "kfunc__security_sock_graft"]
@@ -726,7 +727,6 @@ def test_programs_that_lose_no_event(name, tool, monkeypatch):
             ["kprobe__inet_csk_accept"],
         ),
     }[name]
-    monkeypatch.setattr(tool, "is_preemptible", lambda: False)
     counters = Counters(tool, monkeypatch, (*counted, *others))
     losses = tool.Losses(parse(tool), counters.traced)
     for program in others:
@@ -737,14 +737,26 @@ def test_programs_that_lose_no_event(name, tool, monkeypatch):
     assert losses.counts()["skipped"] == 7 * len(counted)
 
 
-def test_programs_of_which_one_is_enough(shared, monkeypatch):
-    """Where threads are preempted in both of them, an event is lost."""
-    monkeypatch.setattr(shared, "is_preemptible", lambda: True)
-    counters = Counters(shared, monkeypatch, ("trace_connect", *shared.ALTERNATES))
-    losses = shared.Losses(parse(shared), counters.traced)
-    assert losses.counts()["skipped"] == 0
-    counters.misses.update(dict(zip(shared.ALTERNATES, (11, 7))), trace_connect=2)
-    assert losses.counts()["skipped"] == 9
+@pytest.mark.parametrize(("missed", "others"), [(0, 0), (3, 0), (0, 2), (3, 2)])
+def test_connects_without_an_outcome(shared, monkeypatch, capfd, missed, others):
+    """The C program is asked of each socket whether it has one that was missed."""
+    sockets = [struct.pack("=Q", 71 << 40 | n) for n in range(missed + others)]
+    monkeypatch.setattr(shared, "map_items", lambda _: [(s, b"") for s in sockets])
+
+    def bpf(command, attr):
+        """Source: BPF_PROG_TEST_RUN in linux/bpf.h."""
+        program_fd, *zeros, length, _, address = struct.unpack("=12IQ", attr)
+        assert (command, program_fd, length) == (10, 72, 8) and not any(zeros)
+        is_missed = sockets.index(ctypes.string_at(address, length)) < missed
+        struct.pack_into("=I", attr, 4, is_missed)
+
+    monkeypatch.setattr(shared, "bpf", bpf)
+    added = []
+    losses = SimpleNamespace(add=lambda *what: added.append(what))
+    shared.report_under_way(traced({"pending": 71}, {"is_missed": 72}), losses)
+    assert added == [("skipped", missed)]
+    said = f"tcpconnect: {others} connects were still under way\n" * (others > 0)
+    assert capfd.readouterr().err == said
 
 
 @pytest.mark.parametrize(("length", "misses"), [(232, 71), (216, 71), (208, 0)])
@@ -910,8 +922,8 @@ def names_of(shared, patch, options="-d", arrived=()):
     """Names of the DNS responses in the list `arrived`."""
     arrived = list(arrived)
 
-    def buffers(map_fd, longest, *others):
-        assert (map_fd, longest.size) == (71, 56 + 4095)
+    def buffers(map_fd, event, *others):
+        assert (map_fd, event) == (71, shared.RESPONSE)
         assert others == (32, "poll", shared.responses_in)
         return SimpleNamespace(read=lambda: [arrived.pop(0) for _ in arrived[:]])
 
