@@ -398,12 +398,18 @@ def test_ftrace_disabled():
 
 @only_on("sid")
 def test_pid_that_does_not_exist_yet(start):
-    """Is traced all the same, once it does."""
+    """Is traced all the same, once it does. A thread is not."""
+    is_over = threading.Event()
+    thread = threading.Thread(target=is_over.wait)
+    thread.start()
+    tid, own = thread.native_id, os.getpid()
     last = pathlib.Path("/proc/sys/kernel/ns_last_pid")
     pid = int(last.read_text()) + 997
-    (tool,) = start(f"tcpconnect -p {pid}")
+    (tool,) = start(f"tcpconnect -p {pid},{tid}")
+    is_over.set()
     assert tool.complaints() == [
-        f"tcpconnect: no such process seen yet (-p takes PIDs of the host): {pid}"
+        f"tcpconnect: {tid} is a thread of process {own}: try -p {own}",
+        f"tcpconnect: no such process seen yet (-p takes PIDs of the host): {pid}",
     ]
     last.write_text(str(pid - 1))
     worker = Worker(b"late", connect_nonblocking, 0, NOBODY4, 3)

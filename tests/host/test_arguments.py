@@ -4,9 +4,12 @@ import argparse
 import errno
 import io
 import os
+import pathlib
 import pwd
+import queue
 import re
 import subprocess
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -542,8 +545,11 @@ def test_time_namespace(shared, monkeypatch, tmp_path, capfd, text, is_taken):
 NO_PROCESS = "tcpconnect: no such process seen yet (-p takes PIDs of the host): "
 
 
+PID_NAMESPACE = {"/proc/self/ns/pid": SimpleNamespace(st_ino=0xEFFFFFFC)}
+
+
 def test_no_such_process(shared, monkeypatch, capfd):
-    """A process that we may not send signals to is one."""
+    """A process that we may not send signals to is one; /proc may hide it (hidepid)."""
     errors = {7: errno.ESRCH, 11: errno.EPERM, 13: errno.ESRCH}
 
     def kill(pid, number):
@@ -551,13 +557,36 @@ def test_no_such_process(shared, monkeypatch, capfd):
         if pid in errors:
             raise OSError(errors[pid], "")
 
-    stat = {"/proc/self/ns/pid": SimpleNamespace(st_ino=0xEFFFFFFC)}
-    monkeypatch.setattr(shared.os, "stat", stat.__getitem__)
+    def hidden(path, _):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(shared, "open", hidden, raising=False)
+    monkeypatch.setattr(shared.os, "stat", PID_NAMESPACE.__getitem__)
     monkeypatch.setattr(shared.os, "kill", kill)
     shared.warn_of_pids([5, 11])
     assert capfd.readouterr() == ("", "")
     shared.warn_of_pids([5, 7, 11, 13])
     assert capfd.readouterr() == ("", f"{NO_PROCESS}7, 13\n")
+
+
+def test_thread_of_a_process(shared, monkeypatch, capfd):
+    """kill(2) finds it, too. It may have any name."""
+    is_over, ids = threading.Event(), queue.Queue()
+
+    def work():
+        pathlib.Path("/proc/thread-self/comm").write_bytes(b"Tgid:\t7\n\xff")
+        ids.put(threading.get_native_id())
+        is_over.wait()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    tid, pid = ids.get(timeout=60), os.getpid()
+    monkeypatch.setattr(shared.os, "stat", PID_NAMESPACE.__getitem__)
+    shared.warn_of_pids([pid, tid])
+    monkeypatch.undo()
+    is_over.set()
+    said = f"tcpconnect: {tid} is a thread of process {pid}: try -p {pid}\n"
+    assert capfd.readouterr() == ("", said)
 
 
 def test_unprivileged(name):
