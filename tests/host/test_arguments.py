@@ -330,6 +330,34 @@ def test_unit_of_the_system_wins(shared, cgroups):
     assert shared.cgroup("web") == shared.cgroup("web.service") == web
 
 
+@pytest.mark.parametrize(
+    "container",
+    [
+        f"docker/{CONTAINER}",
+        f"machine.slice/a.slice/libpod-{CONTAINER}.scope/container",
+        f"system.slice/web.service/libpod-payload-{CONTAINER}",
+        f"{USERS}/user.slice/libpod-{CONTAINER}.scope",
+        "lxc.payload.web1",
+        "lxc/101/ns",
+        "machine.slice/machine-web.scope/payload",
+        "machine.slice/systemd-nspawn@a.service/payload",
+    ],
+)
+def test_unit_in_a_container(shared, cgroups, container):
+    """By its path only: whoever is root there chooses the name, also an ID."""
+    units = [f"{container}/system.slice/{name}.service" for name in ("nginx", "db")]
+    inner = f"{container}/docker-{'d' * 64}.scope"
+    make_cgroups(cgroups, *units, inner)
+    for path, name in ((units[0], "nginx"), (inner, "d" * 12)):
+        assert of_kind(shared.cgroup, name) == (
+            f"{name!r} is only inside of containers; give a path: {cgroups}/{path}"
+        )
+        assert shared.cgroup(path) == str(cgroups / path)
+    assert shared.cgroup("db") == str(cgroups / "system.slice/db.service")
+    make_cgroups(cgroups, f"{USERS}/nginx.service")
+    assert shared.cgroup("nginx") == str(cgroups / USERS / "nginx.service")
+
+
 def test_users_own_unit(shared, cgroups):
     make_cgroups(cgroups, f"{USERS}/app.slice/mine.service")
     own = str(cgroups / USERS / "app.slice/mine.service")
