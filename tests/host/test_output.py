@@ -953,6 +953,24 @@ def test_names(shared, names):
     assert query(shared, names, "::", 6 * MS) is None
 
 
+def test_no_response_at_all(shared, names, capfd):
+    """Is reported if there were connects, but not where responses were lost."""
+
+    def reported(lost=0):
+        losses = SimpleNamespace(counters=[0, 0, 0, 0, lost])
+        shared.report_names_missed(names, losses)
+        return capfd.readouterr().err
+
+    assert reported() == ""
+    assert query(shared, names, "192.0.2.7", 1) is None
+    line = "tcpconnect: no DNS response was seen: no names (see tcpconnect(8), Names)\n"
+    assert reported() == line
+    assert reported(3) == "tcpconnect: lost 3 DNS responses: buffer full\n"
+    names.arrived.append(received(b"", 1))
+    assert query(shared, names, "192.0.2.7", 2) is None
+    assert reported() == ""
+
+
 def test_names_with_json(shared, names):
     """Its events are longer."""
     names.arrived.append(response("www.example.com", "192.0.2.7", ts=5 * MS))
