@@ -5,6 +5,7 @@ import pathlib
 import shlex
 import subprocess
 
+import pytest
 from conftest import (
     BTF,
     DEADLINE,
@@ -168,8 +169,15 @@ def test_mntnsmap_needs_btf(bpffs):
     assert said == {command: error}
 
 
-def test_a_unit_of_two_names_nothing(cgroups):
-    for directory in ("one", "two"):
+@pytest.mark.parametrize(
+    ("what", "directories"),
+    [
+        ("matches several cgroups", ("one", "two")),
+        ("is only inside of containers", ("lxc/101/ns", "lxc.payload.web")),
+    ],
+)
+def test_a_unit_that_needs_a_path(cgroups, what, directories):
+    for directory in directories:
         (cgroups / directory / "app.service").mkdir(parents=True)
     done = subprocess.run(
         [TOP / "tcpconnect", "--cgroup", "app"],
@@ -180,8 +188,6 @@ def test_a_unit_of_two_names_nothing(cgroups):
     )
     assert done.returncode == 2
     error = done.stderr.splitlines()[-1]
-    assert error.startswith(
-        "tcpconnect: error: argument --cgroup: "
-        "'app' matches several cgroups; give a path: /"
-    )
-    assert all(f"/{directory}/app.service" in error for directory in ("one", "two"))
+    prefix = f"tcpconnect: error: argument --cgroup: 'app' {what}; give a path: /"
+    assert error.startswith(prefix)
+    assert all(f"/{directory}/app.service" in error for directory in directories)

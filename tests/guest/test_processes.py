@@ -39,7 +39,8 @@ IPV6_FREEBIND = 78  # linux/in6.h
 TOPS = [ipaddress.ip_network(top) for top in ("10.0.0.0/8", "2001:db8:ffff::/48")]
 SCOPE = "docker-3f2a9c41d0b7" + 26 * "7e" + ".scope"
 CGROUPS = {  # what UNIT is of each
-    f"system.slice/{SCOPE}": "docker-3f2a9c41d0b7",
+    f"system.slice/{SCOPE}/system.slice/sshd.service": "docker-3f2a9c41d0b7",
+    "lxc/101/ns/init.scope": "lxc/101",
     "user.slice/user@1000.service/app.slice/x.scope": "user@1000.service",
     "system.slice/two words.service/worker": "two words.service",
 }

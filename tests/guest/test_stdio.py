@@ -4,6 +4,7 @@ import os
 import pathlib
 import signal
 import threading
+import time
 
 import pytest
 from conftest import (
@@ -87,6 +88,18 @@ def test_sighup(start, options):
     line = row(worker.pid, "client", 4, IPV4, IPV4, port)
     flow = f"{IPV4:<16} {IPV4:<16} {port:<5} 1"
     assert tool.stop(signal.SIGHUP) == [flow if options else line]
+
+
+@on_trixie
+def test_ctrl_c_that_comes_twice(start):
+    """A terminal sends it to timeout and the tool, and timeout passes it on."""
+    (tool,) = start("tcpconnect -c", options={"wrapper": ("timeout", "600")})
+    port = Worker(b"client", connect_refused, IPV4).report()
+    os.killpg(tool.process.pid, signal.SIGINT)  # timeout has made it
+    time.sleep(0.03)
+    os.killpg(tool.process.pid, signal.SIGINT)
+    assert tool.process.wait(DEADLINE) == 0
+    assert tool.rows() == [f"{IPV4:<16} {IPV4:<16} {port:<5} 1"]
 
 
 @on_trixie

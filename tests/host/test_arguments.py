@@ -4,9 +4,12 @@ import argparse
 import errno
 import io
 import os
+import pathlib
 import pwd
+import queue
 import re
 import subprocess
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -327,6 +330,34 @@ def test_unit_of_the_system_wins(shared, cgroups):
     assert shared.cgroup("web") == shared.cgroup("web.service") == web
 
 
+@pytest.mark.parametrize(
+    "container",
+    [
+        f"docker/{CONTAINER}",
+        f"machine.slice/a.slice/libpod-{CONTAINER}.scope/container",
+        f"system.slice/web.service/libpod-payload-{CONTAINER}",
+        f"{USERS}/user.slice/libpod-{CONTAINER}.scope",
+        "lxc.payload.web1",
+        "lxc/101/ns",
+        "machine.slice/machine-web.scope/payload",
+        "machine.slice/systemd-nspawn@a.service/payload",
+    ],
+)
+def test_unit_in_a_container(shared, cgroups, container):
+    """By its path only: whoever is root there chooses the name, also an ID."""
+    units = [f"{container}/system.slice/{name}.service" for name in ("nginx", "db")]
+    inner = f"{container}/docker-{'d' * 64}.scope"
+    make_cgroups(cgroups, *units, inner)
+    for path, name in ((units[0], "nginx"), (inner, "d" * 12)):
+        assert of_kind(shared.cgroup, name) == (
+            f"{name!r} is only inside of containers; give a path: {cgroups}/{path}"
+        )
+        assert shared.cgroup(path) == str(cgroups / path)
+    assert shared.cgroup("db") == str(cgroups / "system.slice/db.service")
+    make_cgroups(cgroups, f"{USERS}/nginx.service")
+    assert shared.cgroup("nginx") == str(cgroups / USERS / "nginx.service")
+
+
 def test_users_own_unit(shared, cgroups):
     make_cgroups(cgroups, f"{USERS}/app.slice/mine.service")
     own = str(cgroups / USERS / "app.slice/mine.service")
@@ -542,8 +573,11 @@ def test_time_namespace(shared, monkeypatch, tmp_path, capfd, text, is_taken):
 NO_PROCESS = "tcpconnect: no such process seen yet (-p takes PIDs of the host): "
 
 
+PID_NAMESPACE = {"/proc/self/ns/pid": SimpleNamespace(st_ino=0xEFFFFFFC)}
+
+
 def test_no_such_process(shared, monkeypatch, capfd):
-    """A process that we may not send signals to is one."""
+    """A process that we may not send signals to is one; /proc may hide it (hidepid)."""
     errors = {7: errno.ESRCH, 11: errno.EPERM, 13: errno.ESRCH}
 
     def kill(pid, number):
@@ -551,13 +585,36 @@ def test_no_such_process(shared, monkeypatch, capfd):
         if pid in errors:
             raise OSError(errors[pid], "")
 
-    stat = {"/proc/self/ns/pid": SimpleNamespace(st_ino=0xEFFFFFFC)}
-    monkeypatch.setattr(shared.os, "stat", stat.__getitem__)
+    def hidden(path, _):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(shared, "open", hidden, raising=False)
+    monkeypatch.setattr(shared.os, "stat", PID_NAMESPACE.__getitem__)
     monkeypatch.setattr(shared.os, "kill", kill)
     shared.warn_of_pids([5, 11])
     assert capfd.readouterr() == ("", "")
     shared.warn_of_pids([5, 7, 11, 13])
     assert capfd.readouterr() == ("", f"{NO_PROCESS}7, 13\n")
+
+
+def test_thread_of_a_process(shared, monkeypatch, capfd):
+    """kill(2) finds it, too. It may have any name."""
+    is_over, ids = threading.Event(), queue.Queue()
+
+    def work():
+        pathlib.Path("/proc/thread-self/comm").write_bytes(b"Tgid:\t7\n\xff")
+        ids.put(threading.get_native_id())
+        is_over.wait()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    tid, pid = ids.get(timeout=60), os.getpid()
+    monkeypatch.setattr(shared.os, "stat", PID_NAMESPACE.__getitem__)
+    shared.warn_of_pids([pid, tid])
+    monkeypatch.undo()
+    is_over.set()
+    said = f"tcpconnect: {tid} is a thread of process {pid}: try -p {pid}\n"
+    assert capfd.readouterr() == ("", said)
 
 
 def test_unprivileged(name):

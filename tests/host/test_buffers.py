@@ -448,7 +448,7 @@ def test_the_end_of_a_wait(shared, monkeypatch):
     kept = os.dup(1)
     os.dup2(stdout, 1)
     os.close(stdout)
-    monkeypatch.setattr(shared, "stopping", [])
+    monkeypatch.setattr(shared, "stopping", {})
     monkeypatch.setattr(shared, "POLL_MS", 0)
     try:
         poll = shared.poller()
@@ -462,7 +462,7 @@ def test_the_end_of_a_wait(shared, monkeypatch):
         assert not shared.wait(poll)
         with pytest.raises(KeyError):
             poll.unregister(dead)
-        shared.stopping.append(15)
+        shared.stopping[15] = 7.0
         assert shared.wait(poll)
         shared.stopping.clear()
         os.read(filling, 1)
@@ -475,20 +475,30 @@ def test_the_end_of_a_wait(shared, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [2, 15])
-def test_a_signal_asks_for_the_end_and_a_second_one_ends_the_process(number):
+def test_a_signal_asks_for_the_end_and_a_later_one_ends_the_process(number):
+    """Those within a second are the same Ctrl-C, also while Python ends."""
     code = (
         "import sys; from importlib.machinery import SourceFileLoader as Loader\n"
         "import importlib.util as util, os, signal\n"
         "loader = Loader('tool', sys.argv[1])\n"
         "tool = util.module_from_spec(util.spec_from_loader('tool', loader))\n"
         "loader.exec_module(tool)\n"
-        "tool.catch_signals()\n"
-        "for _ in range(int(sys.argv[3])):\n"
-        "    os.kill(os.getpid(), int(sys.argv[2]))\n"
-        "print(tool.stopping)\n"
+        "def main():\n"
+        "    tool.catch_signals()\n"
+        "    for ms in sys.argv[3:]:\n"
+        "        tool.time.monotonic = lambda: int(ms) / 1000\n"
+        "        os.kill(os.getpid(), int(sys.argv[2]))\n"
+        "tool.run(main)\n"
+        "print(tool.stopping, signal.getsignal(int(sys.argv[2])) == signal.SIG_IGN)\n"
     )
     command = [sys.executable, "-c", code, TOP / "tcpconnect", str(number)]
-    once = subprocess.run([*command, "1"], capture_output=True, check=False)
-    assert (once.returncode, once.stdout) == (0, f"[{number}]\n".encode())
-    twice = subprocess.run([*command, "2"], capture_output=True, check=False)
-    assert (twice.returncode, twice.stdout) == (-number, b"")
+    for times, said in (
+        ([7000], f"{{{number}: 7.0}} True\n"),
+        ([7000, 7030, 7500, 8000], f"{{{number}: 7.0}} True\n"),
+        ([7000, 7030, 8001], None),
+        ([7000, 9000], None),
+    ):
+        words = [*command, *map(str, times)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        status, text = (0, said) if said else (-number, "")
+        assert (done.returncode, done.stdout) == (status, text), times

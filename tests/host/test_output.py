@@ -683,29 +683,30 @@ def test_losses_are_reported_once_per_second(shared, monkeypatch, capfd):
     reported = []
     for now_ms in (1100, 1200, 2099, 2100, 3099, 3100):
         counters.add(BUFFER_FULL, 1)
-        losses.report_when_due(now_ms * MS, False)
+        losses.report_when_due(now_ms * MS)
         reported += [now_ms] * capfd.readouterr().err.count("buffer full")
     assert reported == [1100, 2100, 3100]
     counters.add(BUFFER_FULL, 1)
-    losses.report_when_due(float("inf"), False)
+    losses.report_when_due(float("inf"))
     assert losses.total == 7
 
 
 def test_when_the_kernel_is_asked(shared, monkeypatch):
-    """Once per second where events came since the last time, else every ten; and in
-    the end.
+    """What it skipped: every ten seconds, once per second where events are lost
+    otherwise, and in the end.
     """
     counters = Counters(shared, monkeypatch)
     losses = shared.Losses(parse(shared), counters.traced)
     asked = []
-    for now, has_events in (
-        *((1, True), (2, False), (2.8, True), (3, True), (3.8, False), (4, False)),
-        *((13.7, False), (13.8, False), (14, False), (float("inf"), False)),
+    for now, lost in (
+        *((1, 0), (2, 0), (3, 1), (3.5, 1), (3.9, 0), (4, 0), (5, 0)),
+        *((13.9, 0), (14, 0), (15, 0), (float("inf"), 0)),
     ):
         before = counters.asked
-        losses.report_when_due(now * 1000 * MS, has_events)
+        counters.add(BUFFER_FULL, lost)
+        losses.report_when_due(now * 1000 * MS)
         asked += [now] * (counters.asked - before)
-    assert asked == [1, 2.8, 3.8, 13.8, float("inf")]
+    assert asked == [3, 4, 14, float("inf")]
 
 
 def test_programs_that_lose_no_event(name, tool, monkeypatch):
@@ -963,6 +964,24 @@ def test_names(shared, names):
         assert query(shared, names, address, 6 * MS) == "www.example.com"
     assert query(shared, names, "192.0.2.9", 6 * MS) is None
     assert query(shared, names, "::", 6 * MS) is None
+
+
+def test_no_response_at_all(shared, names, capfd):
+    """Is reported if there were connects, but not where responses were lost."""
+
+    def reported(lost=0):
+        losses = SimpleNamespace(counters=[0, 0, 0, 0, lost])
+        shared.report_names_missed(names, losses)
+        return capfd.readouterr().err
+
+    assert reported() == ""
+    assert query(shared, names, "192.0.2.7", 1) is None
+    line = "tcpconnect: no DNS response was seen: no names (see tcpconnect(8), Names)\n"
+    assert reported() == line
+    assert reported(3) == "tcpconnect: lost 3 DNS responses: buffer full\n"
+    names.arrived.append(received(b"", 1))
+    assert query(shared, names, "192.0.2.7", 2) is None
+    assert reported() == ""
 
 
 def test_names_with_json(shared, names):

@@ -1,6 +1,7 @@
 """What holds for the files as they are."""
 
 import ast
+import itertools
 import pathlib
 import re
 import subprocess
@@ -61,6 +62,23 @@ def test_ruff():
     ruff = pathlib.Path(sys.prefix) / "bin/ruff"
     check(ruff, "check", "--no-cache", *PYTHON, "tests")
     check(ruff, "format", "--check", "--no-cache", *PYTHON, "tests")
+
+
+@pytest.mark.parametrize("path", [*TOOLS, "examples/fleet/servicemap"])
+def test_python_3_8(path):
+    """One line. So nothing that is newer comes before the check, or parses as such."""
+    statements = ast.parse((TOP / path).read_text(), feature_version=(3, 6)).body
+    before = itertools.takewhile(lambda one: type(one) is not ast.If, statements)
+    kinds = [type(statement) for statement in before]
+    assert set(kinds[:-1]) == {ast.Import} and kinds[-1] is ast.Assign  # NAME
+    older = "sys.version_info = (3, 8, 18, 'final', 0)"
+    run = "runpy.run_path(sys.argv[1], run_name='__main__')"
+    code = f"import runpy, sys; {older}; {run}"
+    command = [sys.executable, "-c", code, TOP / path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    name = path.rpartition("/")[2]
+    line = f"{name}: error: needs Python 3.9 or newer: this is 3.8\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
 
 
 def test_shellcheck():

@@ -178,6 +178,7 @@ def test_name_in_the_c_program(shared, text):
 
 
 ID = "3f2a9c41d0b7" + 26 * "7e"
+USERS = "/user.slice/user-1000.slice/user@1000.service"
 
 
 @pytest.mark.parametrize(
@@ -198,11 +199,30 @@ ID = "3f2a9c41d0b7" + 26 * "7e"
         (f"/system.slice/docker-{ID}.scope", "docker-3f2a9c41d0b7"),
         (f"/machine.slice/libpod-{ID}.scope/container", "libpod-3f2a9c41d0b7"),
         (f"/docker/{ID}", "3f2a9c41d0b7"),
-        (f"/docker/{ID}/system.slice/sshd.service", "sshd.service"),
+        *(
+            (f"{top}{below}", unit)
+            for below in ("", "/init.scope", "/system.slice/sshd.service/a.scope")
+            for top, unit in (
+                (f"/docker/{ID}", "3f2a9c41d0b7"),
+                (f"/system.slice/docker-{ID}.scope", "docker-3f2a9c41d0b7"),
+                (f"/a.slice/a-b.slice/crio-{ID}.scope", "crio-3f2a9c41d0b7"),
+                (f"/kubepods/besteffort/pod1/{ID}", "3f2a9c41d0b7"),
+                (f"/machine.slice/libpod-{ID}.scope/container", "libpod-3f2a9c41d0b7"),
+                (f"/system.slice/web.service/libpod-payload-{ID}", "web.service"),
+                (f"/libpod-payload-{ID}", "libpod-payload-3f2a9c41d0b7"),
+                ("/lxc.payload.web1", "lxc.payload.web1"),
+                ("/lxc.payload/web1", "lxc.payload/web1"),
+                ("/lxc/101/ns", "lxc/101"),
+                ("/machine.slice/machine-web.scope/payload", "machine-web.scope"),
+                ("/machine.slice/systemd-nspawn@a.service", "systemd-nspawn@a.service"),
+                (f"{USERS}/user.slice/libpod-{ID}.scope", "user@1000.service"),
+                (f"/docker/{ID}{USERS}", "3f2a9c41d0b7"),
+            )
+        ),
         (f"/kubepods.slice/cri-containerd-{ID}.scope", "cri-containerd-3f2a9c41d0b7"),
-        (f"/docker/{ID[1:]}", ID[1:]),
+        (f"/docker/{ID[1:]}", f"docker/{ID[1:]}"),
+        ("/runtime/7/system.slice/sshd.service", "runtime/7/system.slice/sshd.service"),
         ("/a\nb.service", "a\\nb.service"),
-        ("/lxc/web", "web"),
     ],
 )
 def test_unit_of_a_path(shared, path, unit):
