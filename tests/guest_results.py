@@ -157,7 +157,7 @@ def complaint_about(status, cases):
 
 
 class Outcome(pytest.Item):
-    """A test here for one that ran elsewhere. One that passed may say something, too."""
+    """A test here for one that ran elsewhere. What passed may say something, too."""
 
     def __init__(self, *, case, **rest):
         super().__init__(**rest)
