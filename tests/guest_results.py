@@ -50,9 +50,10 @@ def pytest_collection_modifyitems(session, config, items):
     for run in sorted(directory.iterdir()) if directory else []:
         cases = outcomes(run / "report")
         for name, case in {"finished": finished(run, cases), **cases}.items():
-            name = name.replace(".py::", "::", 1)  # as pytest shows other dots
-            item = Outcome.from_parent(session, name=f"{run.name}::{name}", case=case)
-            items.append(item)
+            name = f"{run.name}::{name}".replace(".py::", "::")  # pytest shows dots
+            items.append(
+                Outcome.from_parent(session, name=name, nodeid=name, case=case)
+            )
 
 
 class Clock:
@@ -172,4 +173,4 @@ class Outcome(pytest.Item):
             warnings.warn(self.text, stacklevel=1)
 
     def reportinfo(self):
-        return self.name.partition("::")[0], None, self.name.partition("::")[2]
+        return self.name, None, self.name
