@@ -163,6 +163,7 @@ def test_accelerator(machine, cpuinfo, machine_name, wanted, options, accelerato
     machine.use(cpuinfo, machine_name, kvm_seconds=60 if accelerator == "kvm" else 0)
     done = machine.guest("echo yes", *options, TCPTOOLS_ACCEL=wanted)
     assert (done[::2], machine.boots()) == (("yes\n", 0), [accelerator])
+    assert "did not boot with KVM" not in done[1]
 
 
 def test_no_kvm_device(machine):
