@@ -47,11 +47,13 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(session, config, items):
     directory = config.getoption("--guest-results")
-    for guest in sorted(directory.iterdir()) if directory else []:
-        collector = Run.from_parent(
-            session, name=guest.name, path=guest, nodeid=guest.name
-        )
-        items.extend(collector.collect())
+    for run in sorted(directory.iterdir()) if directory else []:
+        cases = outcomes(run / "report")
+        for name, case in {"finished": finished(run, cases), **cases}.items():
+            name = f"{run.name}::{name}".replace(".py::", "::")  # pytest shows dots
+            items.append(
+                Outcome.from_parent(session, name=name, nodeid=name, case=case)
+            )
 
 
 class Clock:
@@ -123,54 +125,41 @@ def available(directory):
     )
 
 
-class Run(pytest.Collector):
-    def collect(self):
-        cases = outcomes(self.path / "report")
-        yield Finished.from_parent(self, name="finished", cases=cases)
-        for name, case in cases.items():
-            name = name.replace(".py::", "::", 1)  # as pytest shows other dots
-            yield Outcome.from_parent(self, name=name, case=case)
+def finished(run, cases):
+    """(outcome, explanation) of a run as a whole."""
+    status = int((run / "status").read_text())
+    if status == EX_TEMPFAIL and available(run.parent) >= FEWEST_RELEASES:
+        return "skipped", "this release's packages cannot be downloaded today"
+    consoles = [
+        last_lines(console, LAST_CONSOLE_LINES)
+        for console in sorted(run.glob("console-*"))
+    ]
+    if complaint := complaint_about(status, cases):
+        log = last_lines(run / "log", LAST_LINES)
+        return "failed", "\n".join([complaint, log, *consoles])
+    if len(consoles) > 1:
+        died = f"{run.name}'s guest died and was started again."
+        return "passed", f"{died}\n{consoles[0]}"
+    return "passed", ""
 
 
-class Finished(pytest.Item):
-    def __init__(self, *, cases, **rest):
-        super().__init__(**rest)
-        self.cases = cases
-
-    def runtest(self):
-        guest = self.parent.path
-        status = int((guest / "status").read_text())
-        if status == EX_TEMPFAIL and available(guest.parent) >= FEWEST_RELEASES:
-            pytest.skip("this release's packages cannot be downloaded today")
-        consoles = [
-            last_lines(console, LAST_CONSOLE_LINES)
-            for console in sorted(guest.glob("console-*"))
-        ]
-        if complaint := self.complaint(status):
-            log = last_lines(guest / "log", LAST_LINES)
-            pytest.fail("\n".join([complaint, log, *consoles]), pytrace=False)
-        if len(consoles) > 1:
-            what = f"{guest.name}'s guest died and was started again."
-            warnings.warn("\n".join([what, consoles[0]]), stacklevel=1)
-
-    def complaint(self, status):
-        """Why this is no finished run, or None."""
-        outcomes = [outcome for outcome, _ in self.cases.values()]
-        good = (0, 1) if "failed" in outcomes else (0,)
-        if not outcomes or status not in good:
-            return f"It exited with status {status} and reported {len(outcomes)} tests."
-        if set(outcomes) == {"skipped"}:
-            return f"It skipped all of {len(outcomes)} tests."
-        late = sum(LATE in text for _, text in self.cases.values())
-        if late > MOST_LATE * len(outcomes):
-            return f"{LATE}: {late} of {len(outcomes)} tests did not run."
-        return None
-
-    def reportinfo(self):
-        return self.parent.name, None, self.name
+def complaint_about(status, cases):
+    """Why this is no finished run, or None."""
+    outcomes = [outcome for outcome, _ in cases.values()]
+    good = (0, 1) if "failed" in outcomes else (0,)
+    if not outcomes or status not in good:
+        return f"It exited with status {status} and reported {len(outcomes)} tests."
+    if set(outcomes) == {"skipped"}:
+        return f"It skipped all of {len(outcomes)} tests."
+    late = sum(LATE in text for _, text in cases.values())
+    if late > MOST_LATE * len(outcomes):
+        return f"{LATE}: {late} of {len(outcomes)} tests did not run."
+    return None
 
 
 class Outcome(pytest.Item):
+    """A test here for one that ran elsewhere. What passed may say something, too."""
+
     def __init__(self, *, case, **rest):
         super().__init__(**rest)
         self.outcome, self.text = case
@@ -180,6 +169,8 @@ class Outcome(pytest.Item):
             pytest.fail(self.text, pytrace=False)
         if self.outcome == "skipped":
             pytest.skip(self.text)
+        if self.text:
+            warnings.warn(self.text, stacklevel=1)
 
     def reportinfo(self):
-        return self.parent.name, None, self.name
+        return self.name, None, self.name

@@ -89,12 +89,33 @@ def headers():
     )
 
 
+@contextlib.contextmanager
+def headers_shown():
+    """If there are any, which are hidden otherwise."""
+    if headers():
+        show(headers())
+    try:
+        yield
+    finally:
+        if headers():
+            hide(headers())
+
+
 def hide(directory):
     subprocess.run(["mount", "-t", "tmpfs", "none", str(directory)], check=True)
 
 
 def show(directory):
     subprocess.run(["umount", str(directory)], check=True)
+
+
+@contextlib.contextmanager
+def hidden(directory):
+    hide(directory)
+    try:
+        yield
+    finally:
+        show(directory)
 
 
 @contextlib.contextmanager
@@ -412,6 +433,28 @@ def run_worker(comm, writer, function, *args):
 
 def give_up(*_):
     raise AssertionError("the worker takes too long")
+
+
+def json_line(event, pid, uid, comm, ip, ends, cgroup, **fields):
+    """An object of --json but its time, of a child of this process. ends: saddr, sport,
+    daddr and dport. cgroup: its inode and path.
+    """
+    return {
+        "host": os.uname().nodename,
+        "event": event,
+        "pid": pid,
+        "tid": pid,
+        "uid": uid,
+        "comm": comm,
+        "process": comm,
+        "ppid": os.getpid(),
+        "parent": own_comm(),
+        "ip": ip,
+        **dict(zip(("saddr", "sport", "daddr", "dport"), ends)),
+        "netns": os.stat("/proc/self/ns/net").st_ino,
+        **dict(zip(("cgroup", "cgroup_path"), cgroup)),
+        **fields,
+    }
 
 
 def own_comm():

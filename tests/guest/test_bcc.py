@@ -22,9 +22,7 @@ from conftest import (
     TOP,
     Worker,
     best_method,
-    headers,
-    hide,
-    show,
+    headers_shown,
     until,
 )
 from test_cgroup_filters import make_map
@@ -106,25 +104,8 @@ def test_no_common_option_is_missing(name):
     assert common_options(name) <= tried
 
 
-@pytest.mark.skipif(not NAMES_DO_NOT_COMPILE, reason="it works here")
-def test_their_names_do_not_compile(headers_shown):
-    command = [THEIRS["tcpconnect"], "-d"]
-    done = subprocess.run(command, check=False, stderr=subprocess.PIPE)
-    assert done.returncode == 1
-    assert b"no member named 'iov' in 'struct iov_iter'" in done.stderr
-
-
 @pytest.fixture
-def headers_shown():
-    if headers():
-        show(headers())
-    yield
-    if headers():
-        hide(headers())
-
-
-@pytest.fixture
-def start_theirs(tmp_path, headers_shown):
+def start_theirs(tmp_path):
     """start_theirs([(name, command line)]) gives (process, file of its output) of each,
     which all trace.
     """
@@ -139,7 +120,8 @@ def start_theirs(tmp_path, headers_shown):
             wait_until("bcc's header", out.read_bytes, running[-1][0])
         return running
 
-    yield start
+    with headers_shown():
+        yield start
     for process, _ in running:
         process.kill()
         process.wait()

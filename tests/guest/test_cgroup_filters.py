@@ -13,10 +13,9 @@ from conftest import (
     Worker,
     best_method,
     failures,
-    hide,
+    hidden,
     only_at_both_ends,
     row,
-    show,
 )
 from traffic import connect_to_itself, leave_mount_namespace
 
@@ -160,11 +159,8 @@ def test_what_is_no_map_of_ids(bpffs):
 
 def test_mntnsmap_needs_btf(bpffs):
     command = f"tcpaccept --mntnsmap {make_map(bpffs / 'ids', value=4)}"
-    hide("/sys/kernel/btf")
-    try:
+    with hidden("/sys/kernel/btf"):
         said = failures([command])
-    finally:
-        show("/sys/kernel/btf")
     error = f"tcpaccept: error: --mntnsmap needs the kernel's BTF ({BTF})\n"
     assert said == {command: error}
 

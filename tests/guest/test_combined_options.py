@@ -11,7 +11,7 @@ import socket
 
 import pytest
 from command_lines import LINES
-from conftest import IPV4, IPV6, Worker, best_method, only_on, own_comm, row, until
+from conftest import IPV4, IPV6, Worker, best_method, json_line, only_on, row, until
 from test_cgroup_filters import make_map
 from test_columns import ask, without_age, without_latency
 from test_options import NOBODY
@@ -19,8 +19,6 @@ from traffic import leave_mount_namespace, waiting
 
 BACKLOG = 17
 NAMES = {4: "www.example.com", 6: "six.example.com"}
-
-
 ADDRESSES = {4: IPV4, 6: IPV6}
 UNIT = "app.service"
 
@@ -43,16 +41,8 @@ def visit(server, ip, count, address=None):
             lport = client.getsockname()[1]
             error = client.connect_ex((address, port))
             assert error == (0 if listens else errno.ECONNREFUSED)
-            known.append(
-                {
-                    "ip": ip,
-                    "address": address,
-                    "lport": lport,
-                    "rport": port,
-                    "left": left,
-                    "error": error,
-                }
-            )
+            one = {"ip": ip, "address": address, "lport": lport, "rport": port}
+            known.append({**one, "left": left, "error": error})
         if listens:
             until(f"{count} connections", lambda: waiting(server) == count)
             for _ in range(count):
@@ -165,7 +155,7 @@ def timed(tool):
 
 def table_row(one, last):
     """With a leading UID, and the client's port between the addresses."""
-    address = IPV4 if one["ip"] == 4 else IPV6
+    address = ADDRESSES[one["ip"]]
     other = f"{one['lport']:<6} {address:<16}"
     last = f"{one['rport']:<5} {last}"
     return f"{NOBODY:<6} {row(one['pid'], 'it', one['ip'], address, other, last)}"
@@ -186,27 +176,10 @@ def objects(tool):
 
 
 def json_object(one, event, **fields):
-    address = IPV4 if one["ip"] == 4 else IPV6
-    return {
-        "host": os.uname().nodename,
-        "event": event,
-        "pid": one["pid"],
-        "tid": one["pid"],
-        "uid": NOBODY,
-        "comm": "it",
-        "process": "it",
-        "ppid": os.getpid(),
-        "parent": own_comm(),
-        "ip": one["ip"],
-        "saddr": address,
-        "sport": one["lport"],
-        "daddr": address,
-        "dport": one["rport"],
-        "netns": os.stat("/proc/self/ns/net").st_ino,
-        "cgroup": one["cgroup"],
-        "cgroup_path": f"/{UNIT}",
-        **fields,
-    }
+    address = ADDRESSES[one["ip"]]
+    ends = address, one["lport"], address, one["rport"]
+    cgroup = one["cgroup"], f"/{UNIT}"
+    return json_line(event, one["pid"], NOBODY, "it", one["ip"], ends, cgroup, **fields)
 
 
 def of_ip(known, ip):

@@ -1,7 +1,7 @@
 """Where there is no BTF, the kernel's headers serve."""
 
 import pytest
-from conftest import DEADLINE, IPV4, Worker, headers, hide, row, show
+from conftest import DEADLINE, IPV4, Worker, headers, headers_shown, hidden, row
 from traffic import connect_refused, run_mixed_traffic
 
 
@@ -10,9 +10,7 @@ def test_layout_from_kernel_headers(start):
     """With BTF hidden. One release has headers; it is slow."""
     if not headers():
         pytest.skip("the kernel's headers are not installed in this guest")
-    show(headers())
-    hide("/sys/kernel/btf")
-    try:
+    with headers_shown(), hidden("/sys/kernel/btf"):
         tools = start("tcpconnect -l -d") + start("tcpaccept -q")
         assert [tool.method() for tool in tools] == ["headers"] * 2
         connects, accepts = run_mixed_traffic()
@@ -25,6 +23,3 @@ def test_layout_from_kernel_headers(start):
         assert [tuple(one) for one in shown if one[1] != "ENETUNREACH"] == wanted
         assert [line.rsplit(maxsplit=2)[0] for line in queue] == accepts
         assert {line.split()[-1] for line in queue} == {"128"}
-    finally:
-        show("/sys/kernel/btf")
-        hide(headers())

@@ -19,6 +19,7 @@ from conftest import (
     Worker,
     best_method,
     btf_without,
+    json_line,
     only_at_both_ends,
     own_comm,
     row,
@@ -36,6 +37,7 @@ from traffic import (
 pytestmark = only_at_both_ends
 
 NOBODY = 65534  # the UID
+ENDS = ("ip", "local", "remote", "lport", "rport")  # as traffic.ends() has them
 TARGETS = [(socket.AF_INET, IPV4), (socket.AF_INET6, IPV6), (socket.AF_INET6, MAPPED)]
 
 
@@ -73,19 +75,11 @@ class Traffic:
         for uid, (client, server, _) in self.workers.items():
             os.write(self.start[uid], b"..")
             for name, worker in zip(TOOLS, (client, server)):
-                for ip, local, remote, local_port, remote_port in worker.report():
-                    found[name].append(
-                        {
-                            "uid": uid,
-                            "pid": worker.pid,
-                            "comm": "client" if name == "tcpconnect" else "server",
-                            "ip": ip,
-                            "local": local,
-                            "remote": remote,
-                            "lport": local_port,
-                            "rport": remote_port,
-                        }
-                    )
+                comm = "client" if name == "tcpconnect" else "server"
+                process = {"uid": uid, "pid": worker.pid, "comm": comm}
+                found[name] += [
+                    {**process, **dict(zip(ENDS, ends))} for ends in worker.report()
+                ]
         return found
 
 
@@ -183,24 +177,15 @@ def test_json(start, cgroups):
         client = ("local", "lport", "remote", "rport")
         server = ("remote", "rport", "local", "lport")
         ends = client if name == "tcpconnect" else server
-        root = cgroups.stat().st_ino
+        paths = {0: (cgroups.stat().st_ino, "/")}
+        paths[NOBODY] = (cgroup.stat().st_ino, "/tcp-test")
         assert lines == [
-            {
-                "host": os.uname().nodename,
-                "event": name[3:],
-                "pid": one["pid"],
-                "tid": one["pid"],
-                "uid": one["uid"],
-                "comm": one["comm"],
-                "process": one["comm"],
-                "ppid": os.getpid(),
-                "parent": own_comm(),
-                "ip": one["ip"],
-                **{key: one[end] for key, end in zip(addresses, ends)},
-                "netns": os.stat("/proc/self/ns/net").st_ino,
-                "cgroup": cgroup.stat().st_ino if one["uid"] == NOBODY else root,
-                "cgroup_path": "/tcp-test" if one["uid"] == NOBODY else "/",
-            }
+            json_line(
+                name[3:],
+                *(one[key] for key in ("pid", "uid", "comm", "ip")),
+                [one[end] for end in ends],
+                paths[one["uid"]],
+            )
             for one in known[name]
         ]
         joined.append([tuple(line[key] for key in addresses) for line in lines])

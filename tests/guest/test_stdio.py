@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 
-import pytest
 from conftest import (
     DEADLINE,
     IPV4,
@@ -79,15 +78,20 @@ def test_stdout_is_non_blocking(start):
 
 
 @on_trixie
-@pytest.mark.parametrize("options", ["", "-c"])
-def test_sighup(start, options):
-    """A closed terminal: all that was seen is printed."""
-    (tool,) = start(f"tcpconnect {options}")
+def test_sighup(start):
+    """A closed terminal: all that was seen is printed. Where it was ignored it stays
+    so.
+    """
+    tools = start("tcpconnect", "tcpconnect -c")
+    tools += start("tcpconnect", options={"wrapper": ("nohup",)})
+    tools[2].process.send_signal(signal.SIGHUP)
     worker = Worker(b"client", connect_refused, IPV4)
     port = worker.report()
     line = row(worker.pid, "client", 4, IPV4, IPV4, port)
-    flow = f"{IPV4:<16} {IPV4:<16} {port:<5} 1"
-    assert tool.stop(signal.SIGHUP) == [flow if options else line]
+    count = f"{IPV4:<16} {IPV4:<16} {port:<5} 1"
+    signals = (signal.SIGHUP, signal.SIGHUP, signal.SIGINT)
+    rows = [tool.stop(signum) for tool, signum in zip(tools, signals)]
+    assert rows == [[line], [count], [line]]
 
 
 @on_trixie
@@ -100,16 +104,6 @@ def test_ctrl_c_that_comes_twice(start):
     os.killpg(tool.process.pid, signal.SIGINT)
     assert tool.process.wait(DEADLINE) == 0
     assert tool.rows() == [f"{IPV4:<16} {IPV4:<16} {port:<5} 1"]
-
-
-@on_trixie
-def test_nohup(start):
-    """Where SIGHUP was ignored it stays so."""
-    (tool,) = start("tcpconnect", options={"wrapper": ("nohup",)})
-    tool.process.send_signal(signal.SIGHUP)
-    worker = Worker(b"client", connect_refused, IPV4)
-    port = worker.report()
-    assert tool.stop() == [row(worker.pid, "client", 4, IPV4, IPV4, port)]
 
 
 @only_at_both_ends

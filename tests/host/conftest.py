@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 import pathlib
 import re
 import subprocess
@@ -84,3 +85,16 @@ def run(name, *args, **options):
         check=False,
         **options,
     )
+
+
+def write_script(path, text):
+    """A command, often a stand-in for one, in a directory "bin"."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def with_stand_ins(directory, **environment):
+    """An environment in which the commands of directory/bin come before all others."""
+    path = f"{directory}/bin:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, **environment}

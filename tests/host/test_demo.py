@@ -2,12 +2,11 @@
 guests: a stand-in for tests/vm.
 """
 
-import os
 import re
 import subprocess
 
 import pytest
-from conftest import TOP
+from conftest import TOP, with_stand_ins, write_script
 
 CONNECTS = """\
 PID     COMM         IP SADDR            LPORT  DADDR            DPORT
@@ -27,12 +26,6 @@ PID     COMM         IP SADDR            LPORT  DADDR            DPORT ERR
 """
 
 
-def write_script(path, text):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-
-
 @pytest.fixture
 def demo(tmp_path):
     """demo(arguments, user, status): a finished run where tests/vm writes its arguments
@@ -49,10 +42,7 @@ def demo(tmp_path):
             capture_output=True,
             text=True,
             check=False,
-            env={
-                "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
-                "HOME": "/home/somebody",
-            },
+            env=with_stand_ins(tmp_path, HOME="/home/somebody"),
         )
 
     return run

@@ -185,24 +185,29 @@ def test_errors(shared):
     )
 
 
-def test_latency(shared):
-    """-l, and -m alone: successes too, and ms between the SYN and the outcome."""
+def four_outcomes(shared, last):
+    """Of connects whose SYN was sent 5 s after the boot, the last with this error."""
     ends = ("192.0.2.1", "192.0.2.2", 80)
-    events = [
+    return [
         outcome(event(shared, 7, "a", *ends, error, ts=5_000_000_000), ended)
         for error, ended in (
-            (0, 5_000_012_345),
+            (0, 5_000_012_999),
             (errno.ETIMEDOUT, 135_123_456_789),
             (shared.CLOSED, 5_250_000_000),
-            (errno.ENETUNREACH, 5_000_000_000),
+            (last, 5_000_000_000),
         )
     ]
+
+
+def test_latency(shared):
+    """-l, and -m alone: successes too, and ms between the SYN and the outcome."""
+    events = four_outcomes(shared, errno.ENETUNREACH)
     titles = "PID     COMM         IP SADDR            DADDR            DPORT "
     front = "7       a            4  192.0.2.1        192.0.2.2        80    "
     for options in ("-l", "-m 0", "-m 3600000"):
         assert rows(shared, options, events) == (
             f"{titles}ERR           LAT(ms)\n"
-            f"{front}-             0.012\n"
+            f"{front}-             0.013\n"
             f"{front}ETIMEDOUT     130123.457\n"
             f"{front}closed        250.000\n"
             f"{front}ENETUNREACH   0.000\n"
@@ -216,21 +221,12 @@ def test_latency(shared):
         "LPORT  DADDR            DPORT ERR           LAT(ms)   QUERY"
     )
     assert line.startswith("0.000     7  ")
-    assert line.endswith(" 80    -             0.012     a.example (1000 ms)")
+    assert line.endswith(" 80    -             0.013     a.example (1000 ms)")
 
 
 def test_json_of_outcomes(shared, monkeypatch):
     at_a_time(monkeypatch, shared, 0, 0)
-    ends = ("192.0.2.1", "192.0.2.2", 80)
-    events = [
-        outcome(event(shared, 7, "a", *ends, error, ts=5_000_000_000), ended)
-        for error, ended in (
-            (0, 5_000_012_999),
-            (errno.ETIMEDOUT, 135_123_456_789),
-            (shared.CLOSED, 5_250_000_000),
-            (shared.UNKNOWN, 5_000_000_000),
-        )
-    ]
+    events = four_outcomes(shared, shared.UNKNOWN)
     for options in ("--json -l", "--json -m 5", "--json -x", "--json -x -m 5"):
         lines = map(json.loads, rows(shared, options, events).splitlines())
         keys = ("ts", "event", "error", "latency_us")
