@@ -42,7 +42,7 @@ def demo(tmp_path):
             capture_output=True,
             text=True,
             check=False,
-            env=with_stand_ins(tmp_path, HOME="/home/somebody"),
+            env=with_stand_ins(tmp_path, HOME="/home/somebody", XDG_CACHE_HOME=""),
         )
 
     return run
