@@ -16,7 +16,6 @@ import argparse
 import collections
 import html
 import json
-import math
 import pathlib
 import re
 import statistics
@@ -42,9 +41,6 @@ TABLES = {
     "In the kernel: instructions per event, median": "^an? ",
     "Start, memory, wake-ups: median": "",
 }
-# Of the names of figures, the number that rows may differ by which say the same.
-NUMBER = re.compile(r"(.*, )([\d,]+)((?: per second| flows).*)")
-SAME = 0.01  # figures that differ by less, as a part of them, are folded
 WIDE = 0.1  # minimum and maximum are shown where they differ by more
 
 BATCHES = {1: "a quiet machine", 20: "some 100 per second", 1000: "a busy machine"}
@@ -114,45 +110,6 @@ def average(figure, cell):
     return kind(cell["values"])
 
 
-def are_same(figure, row, other):
-    """Whether the figures of two rows are, for all tools, and their runs."""
-    return row.keys() == other.keys() and all(
-        math.isclose(
-            average(figure, row[tool]), average(figure, other[tool]), rel_tol=SAME
-        )
-        and row[tool]["run"] == other[tool]["run"]
-        for tool in row
-    )
-
-
-def joined(row, other):
-    """A row with the values of both."""
-    return {
-        tool: {**cell, "values": cell["values"] + other[tool]["values"]}
-        for tool, cell in row.items()
-    }
-
-
-def folded(figures):
-    """The figures, with one row for those next to each other that say the same and
-    differ by a number in their names only.
-    """
-    groups = []  # name without the number, first and last number, row
-    for figure, row in figures.items():
-        found = NUMBER.fullmatch(figure)
-        value = found.group(2) if found else ""
-        name = figure[: found.start(2)] + "{}" + found.group(3) if found else figure
-        if groups and groups[-1][0] == name and are_same(name, groups[-1][3], row):
-            _, first, _, before = groups.pop()
-            groups.append((name, first, value, joined(before, row)))
-        else:
-            groups.append((name, value, value, row))
-    return {
-        name.format(first if first == last else f"{first} to {last}"): row
-        for name, first, last, row in groups
-    }
-
-
 def noise(row):
     """What a row's values may be off by: a cost below zero is an error of measuring."""
     return max(0, *(-value for cell in row.values() for value in cell["values"]))
@@ -214,7 +171,7 @@ def table(rows, text, numbers=None):
 def sections(figures):
     """{title: its rows}, of those titles that have any."""
     found = {title: {} for title in TABLES}
-    for figure, row in folded(figures).items():
+    for figure, row in figures.items():
         title = next(t for t, pattern in TABLES.items() if re.search(pattern, figure))
         found[title][figure] = row
     return {title: rows for title, rows in found.items() if rows}
@@ -227,7 +184,7 @@ def tables(data):
         yield from (f"## {title}", "", *table(rows, cell_text, numbers), "")
     wide = {
         figure: row
-        for figure, row in folded(data["figures"]).items()
+        for figure, row in data["figures"].items()
         if any(is_wide(figure, row, tool) for tool in row)
     }
     if wide:

@@ -104,26 +104,6 @@ and the median, where the figure is a mean and differs from it as much.
     )
 
 
-def test_rows_that_say_the_same_are_one():
-    """Only next to each other, within 1 %, of one run; with the values of all."""
-    values = {10: 1200, 100: 1201, 1000: 1199, 5000: 1500, 20000: 1501}
-    rows = {
-        f"a connect, {rate:,} per second requested, 4 CPUs": {
-            "fexit": {"run": "a", "values": [value]}
-        }
-        for rate, value in values.items()
-    }
-    rows["a connect, -c, 1 flows"] = {"fexit": {"run": "a", "values": [1200]}}
-    rows["a connect, -c, 10 flows"] = {"fexit": {"run": "b", "values": [1200]}}
-    found = bench_report.folded(rows)
-    assert {figure: row["fexit"]["values"] for figure, row in found.items()} == {
-        "a connect, 10 to 1,000 per second requested, 4 CPUs": [1200, 1201, 1199],
-        "a connect, 5,000 to 20,000 per second requested, 4 CPUs": [1500, 1501],
-        "a connect, -c, 1 flows": [1200],
-        "a connect, -c, 10 flows": [1200],
-    }
-
-
 def test_what_is_committed_was_written_from_the_figures():
     data = json.loads(bench_report.DATA.read_text())
     assert bench_report.DATA.read_text() == bench_report.dump(data)
