@@ -306,15 +306,17 @@ def other_ports(family, count):
 
 
 def idle(process):
-    """([instructions], [wake-ups]) per second of a tool while nothing happens."""
+    """([instructions], [wake-ups]) per second of a tool while nothing happens, after
+    what it does only once.
+    """
     values = []
-    for _ in range(IDLE_TIMES):
+    for _ in range(1 + IDLE_TIMES):
         before, wakeups = spent(process), status(process, "voluntary_ctxt_switches")
         time.sleep(IDLE)
         cost = spent(process) - before
         wakeups = status(process, "voluntary_ctxt_switches") - wakeups
         values.append((cost / IDLE, wakeups / IDLE))
-    return tuple(zip(*values))
+    return tuple(zip(*values[1:]))
 
 
 def watched(process, idle_costs, work, *args):
