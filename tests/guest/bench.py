@@ -306,28 +306,27 @@ def other_ports(family, count):
 
 
 def idle(process):
-    """([instructions], [wake-ups]) per second of a tool while nothing happens, after
-    what it does only once.
-    """
+    """([instructions], [wake-ups]) per second of a tool while nothing happens."""
     values = []
-    for _ in range(1 + IDLE_TIMES):
+    for _ in range(IDLE_TIMES):
         before, wakeups = spent(process), status(process, "voluntary_ctxt_switches")
         time.sleep(IDLE)
         cost = spent(process) - before
         wakeups = status(process, "voluntary_ctxt_switches") - wakeups
         values.append((cost / IDLE, wakeups / IDLE))
-    return tuple(zip(*values[1:]))
+    return tuple(zip(*values))
 
 
 def watched(process, idle_costs, work, *args):
     """What work(*args) returns, and the instructions that the tool spent on it beside
-    the mean of its idle costs (per second).
+    its idle costs (per second): their median, for each is a mean, and what a tool does
+    only once is in one of them.
     """
     before, begin = spent(process), time.monotonic()
     result = work(*args)
     time.sleep(LONG_WAIT)
     seconds = time.monotonic() - begin
-    return result, spent(process) - before - statistics.mean(idle_costs) * seconds
+    return result, spent(process) - before - statistics.median(idle_costs) * seconds
 
 
 def user_side(process, idle_costs, work, batch):
