@@ -32,15 +32,15 @@ NO_TOOL = "no tool"
 OURS = ["fexit", "kprobe"]
 TOOLS = [*OURS, "bcc's", "libbpf-tools'", "bpftrace's", "tcpdump"]
 
+# What a tool does from time to time is part of what it costs: the figure is the mean of
+# these. In the kernel, a few repeats are disturbed: there it is the median.
+MEAN = "own cost"
 # A figure is in the first table whose pattern its name has.
 TABLES = {
-    "The tools themselves: instructions per event": "own cost",
-    "In the kernel: instructions per event": "^an? ",
-    "Start, memory, wake-ups": "",
+    "The tools themselves: instructions per event, mean": MEAN,
+    "In the kernel: instructions per event, median": "^an? ",
+    "Start, memory, idle: median": "",
 }
-# Of the names of figures, the number that rows may differ by which say the same.
-NUMBER = re.compile(r"(.*, )([\d,]+)((?: per second| flows).*)")
-SAME = 0.01  # medians that differ by less, as a part of the first, are folded
 WIDE = 0.1  # minimum and maximum are shown where they differ by more
 
 BATCHES = {1: "a quiet machine", 20: "some 100 per second", 1000: "a busy machine"}
@@ -104,45 +104,10 @@ def number(value):
     return f"{value:,.{0 if value == 0 or abs(value) >= 100 else 1}f}"
 
 
-def median(cell):
-    return statistics.median(cell["values"])
-
-
-def are_same(row, other):
-    """Whether the medians of two rows are, for all tools, and their runs."""
-    return row.keys() == other.keys() and all(
-        abs(median(row[tool]) - median(other[tool])) <= SAME * abs(median(row[tool]))
-        and row[tool]["run"] == other[tool]["run"]
-        for tool in row
-    )
-
-
-def joined(row, other):
-    """A row with the values of both."""
-    return {
-        tool: {**cell, "values": cell["values"] + other[tool]["values"]}
-        for tool, cell in row.items()
-    }
-
-
-def folded(figures):
-    """The figures, with one row for those next to each other that say the same and
-    differ by a number in their names only.
-    """
-    groups = []  # name without the number, first and last number, row
-    for figure, row in figures.items():
-        found = NUMBER.fullmatch(figure)
-        value = found.group(2) if found else ""
-        name = figure[: found.start(2)] + "{}" + found.group(3) if found else figure
-        if groups and groups[-1][0] == name and are_same(groups[-1][3], row):
-            _, first, _, before = groups.pop()
-            groups.append((name, first, value, joined(before, row)))
-        else:
-            groups.append((name, value, value, row))
-    return {
-        name.format(first if first == last else f"{first} to {last}"): row
-        for name, first, last, row in groups
-    }
+def average(figure, cell):
+    """A figure of one tool: the mean or the median of its values."""
+    kind = statistics.mean if re.search(MEAN, figure) else statistics.median
+    return kind(cell["values"])
 
 
 def noise(row):
@@ -150,26 +115,29 @@ def noise(row):
     return max(0, *(-value for cell in row.values() for value in cell["values"]))
 
 
-def is_wide(row, tool):
-    values = row[tool]["values"]
-    return abs(median(row[tool])) > noise(row) and max(values) - min(
-        values
-    ) > WIDE * median(row[tool])
+def is_wide(figure, row, tool):
+    values, middle = row[tool]["values"], average(figure, row[tool])
+    return abs(middle) > noise(row) and max(values) - min(values) > WIDE * middle
 
 
-def cell_text(row, tool):
+def cell_text(figure, row, tool):
     """One figure; none where the tool was not measured."""
     if tool not in row:
         return ""
-    middle = median(row[tool])
+    middle = average(figure, row[tool])
     return "≈ 0" if 0 < noise(row) >= abs(middle) else number(middle)
 
 
-def spread_text(row, tool):
-    if tool not in row or not is_wide(row, tool):
+def spread_text(figure, row, tool):
+    """Minimum and maximum; the median where it differs as much from the mean."""
+    if tool not in row or not is_wide(figure, row, tool):
         return ""
     values = row[tool]["values"]
-    return f"{number(min(values))} to {number(max(values))}"
+    text = f"{number(min(values))} to {number(max(values))}"
+    median = statistics.median(values)
+    if abs(average(figure, row[tool]) - median) > WIDE * median:
+        text += f", median {number(median)}"
+    return text
 
 
 def run_text(row, numbers):
@@ -186,15 +154,15 @@ def run_text(row, numbers):
 
 
 def table(rows, text, numbers=None):
-    """The lines of a table with text(row, tool) in its cells; with numbers of the runs,
-    the last column has them.
+    """The lines of a table with text(figure, row, tool) in its cells; with numbers of
+    the runs, the last column has them.
     """
-    titles = [tool for tool in TOOLS if any(text(row, tool) for row in rows.values())]
+    titles = [tool for tool in TOOLS if any(text(*row, tool) for row in rows.items())]
     more = ["run"] if numbers else []
     yield f"| {' | '.join(['', *titles, *more])} |".replace("|  |", "| |", 1)
     yield f"| --- | {' | '.join(['---:'] * len(titles) + ['---'] * len(more))} |"
     for figure, row in rows.items():
-        cells = [text(row, tool) for tool in titles]
+        cells = [text(figure, row, tool) for tool in titles]
         if numbers:
             cells.append(run_text(row, numbers))
         yield f"| {figure} | {' | '.join(cells)} |"
@@ -203,7 +171,7 @@ def table(rows, text, numbers=None):
 def sections(figures):
     """{title: its rows}, of those titles that have any."""
     found = {title: {} for title in TABLES}
-    for figure, row in folded(figures).items():
+    for figure, row in figures.items():
         title = next(t for t, pattern in TABLES.items() if re.search(pattern, figure))
         found[title][figure] = row
     return {title: rows for title, rows in found.items() if rows}
@@ -216,12 +184,13 @@ def tables(data):
         yield from (f"## {title}", "", *table(rows, cell_text, numbers), "")
     wide = {
         figure: row
-        for figure, row in folded(data["figures"]).items()
-        if any(is_wide(row, tool) for tool in row)
+        for figure, row in data["figures"].items()
+        if any(is_wide(figure, row, tool) for tool in row)
     }
     if wide:
         yield from ("## Minimum and maximum", "")
-        yield f"Where they differ by more than {WIDE * 100:.0f} % of the median."
+        yield f"Where they differ by more than {WIDE * 100:.0f} % of the figure;"
+        yield "and the median, where the figure is a mean and differs from it as much."
         yield from ("", *table(wide, spread_text), "")
     yield from ("## Runs", "", "| run | date | tools of commit | others |")
     yield "| ---: | --- | --- | --- |"
@@ -243,12 +212,11 @@ def written(text, data):
 
 def bars(figures, batch):
     """[(tool, kernel's part, its own part)] of a connect, in instructions."""
-    kernel = figures["a connect, IPv4"]
-    own = figures[f"tcpconnect, own cost, batches of {batch}"]
+    parts = "a connect, IPv4", f"tcpconnect, own cost, batches of {batch}"
     return [
-        (tool, median(kernel[tool]), median(own[tool]))
+        (tool, *(average(part, figures[part][tool]) for part in parts))
         for tool in TOOLS
-        if tool in kernel and tool in own
+        if all(tool in figures[part] for part in parts)
     ]
 
 
@@ -276,7 +244,7 @@ def draw(figures):
     write("Instructions per connect", 10, 18, 'font-weight="bold"')
     for part, text, x in (
         ("kernel", "in the kernel", 190),
-        ("own", "by the tool itself", 300),
+        ("own", "by the tool itself, beside what it spends while idle", 300),
     ):
         block(part, x, 8, 12)
         write(text, x + 18, 18)

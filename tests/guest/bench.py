@@ -9,7 +9,6 @@ PART is one of PARTS below. FILE gets a JSON line for each figure:
 """
 
 import contextlib
-import itertools
 import json
 import os
 import pathlib
@@ -35,12 +34,11 @@ WAIT = 0.6  # seconds after a burst, in which each tool shows what it saw
 LONG_WAIT = 1.2  # where that is watched: tcpdump's buffers wait for up to 1
 IDLE = 10  # seconds for which a tool is watched while nothing happens
 IDLE_TIMES = 5
-BATCHES = {1: 20, 20: 10, 1000: 5}  # events per batch: how many times
+BATCHES = {1: 50, 20: 20, 1000: 5}  # events per batch: how many times
 STARTS = 5
 PIECES = 64  # of 64 KiB
 RATES = (10, 100, 1000, 10000, 100000)  # connects per second
-FLOWS = (1, 10, 100, 1000, 10000)
-ON_CPUS = f", {os.cpu_count()} CPUs" if os.cpu_count() > 1 else ""
+FLOWS = (1, 100, 10000)
 
 # x86's numbers of the system calls in which a tool waits: poll, select, nanosleep,
 # epoll_wait, clock_nanosleep, pselect6, ppoll, epoll_pwait.
@@ -308,32 +306,36 @@ def other_ports(family, count):
 
 
 def idle(process):
-    """(instructions, wake-ups) per second of a tool while nothing happens."""
-    before, wakeups = spent(process), status(process, "voluntary_ctxt_switches")
-    time.sleep(IDLE)
-    return (spent(process) - before) / IDLE, (
-        status(process, "voluntary_ctxt_switches") - wakeups
-    ) / IDLE
+    """([instructions], [wake-ups]) per second of a tool while nothing happens."""
+    values = []
+    for _ in range(IDLE_TIMES):
+        before, wakeups = spent(process), status(process, "voluntary_ctxt_switches")
+        time.sleep(IDLE)
+        cost = spent(process) - before
+        wakeups = status(process, "voluntary_ctxt_switches") - wakeups
+        values.append((cost / IDLE, wakeups / IDLE))
+    return tuple(zip(*values))
 
 
-def watched(process, idle_cost, work, *args):
+def watched(process, idle_costs, work, *args):
     """What work(*args) returns, and the instructions that the tool spent on it beside
-    its idle cost (per second).
+    its idle costs (per second): their median, for each is a mean, and what a tool does
+    only once is in one of them.
     """
     before, begin = spent(process), time.monotonic()
     result = work(*args)
     time.sleep(LONG_WAIT)
     seconds = time.monotonic() - begin
-    return result, spent(process) - before - idle_cost * seconds
+    return result, spent(process) - before - statistics.median(idle_costs) * seconds
 
 
-def user_side(process, work, batch):
+def user_side(process, idle_costs, work, batch):
     """The tool's own cost per event (instructions) in each of several batches, beside
     what it spends anyway.
     """
-    values, (idle_cost, _) = [], idle(process)
+    values = []
     for _ in range(1 + BATCHES[batch]):
-        _, own = watched(process, idle_cost, work, "IPv4", batch)
+        _, own = watched(process, idle_costs, work, "IPv4", batch)
         values.append(own / batch)
     return values[1:]
 
@@ -341,16 +343,12 @@ def user_side(process, work, batch):
 def paced(rate):
     """(instructions of a connect, in the median, connects, connects per second) where
     so many per second are requested: it may not get that far.
-
-    Each is on the next CPU.
     """
     kind, address, _ = FAMILIES["IPv4"]
-    cpus = itertools.cycle(range(os.cpu_count()))
     count = max(50, min(rate // 2, 10000))
     took, begin = [], time.monotonic()
     due = begin
     for _ in range(count):
-        os.sched_setaffinity(0, {next(cpus)})
         with socket.socket(kind, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as client:
             took.append(timed(client.connect_ex, (address, 9))[1])
         due += 1 / rate
@@ -365,7 +363,8 @@ def put(line):
 
 def report(tool, figure, values):
     put({"tool": tool, "figure": figure, "values": values})
-    print(f"{tool}: {figure}: {statistics.median(values):,.1f}", flush=True)
+    mean, median = statistics.mean(values), statistics.median(values)
+    print(f"{tool}: {figure}: mean {mean:,.1f}, median {median:,.1f}", flush=True)
 
 
 def watch_kernel(tools, work, figure, families=tuple(FAMILIES)):
@@ -381,13 +380,14 @@ def watch_packets(tools, name):
 
 
 def watch_own_cost(tools, work, name):
-    """A tool's own cost per event, and how often it wakes up while there is none."""
+    """A tool's own cost per event, and what it does while there is none."""
     for tool, command in tools.items():
         with running(command) as process:
-            wakeups = [idle(process)[1] for _ in range(IDLE_TIMES)]
+            idle_costs, wakeups = idle(process)
+            report(tool, f"{name}, idle, per second", idle_costs)
             report(tool, f"{name}, wake-ups per second", wakeups)
             for batch in BATCHES:
-                values = user_side(process, work, batch)
+                values = user_side(process, idle_costs, work, batch)
                 report(tool, f"{name}, own cost, batches of {batch}", values)
 
 
@@ -441,21 +441,17 @@ def watch_growth(tools):
     rates = reached_rates()
     for tool, process in started(tools):
         for rate in rates:
-            figure = f"a connect, {rate:,} per second requested{ON_CPUS}"
+            figure = f"a connect, {rate:,} per second requested"
             if not process:
                 report(tool, figure, [paced(rate)[0] for _ in range(1 + STARTS)][1:])
                 continue
-            idle_cost, kernel, own_cost = idle(process)[0], [], []
+            idle_costs, kernel, own_cost = idle(process)[0], [], []
             for _ in range(1 + STARTS):
-                (took, count, _), own = watched(process, idle_cost, paced, rate)
+                (took, count, _), own = watched(process, idle_costs, paced, rate)
                 kernel.append(took)
                 own_cost.append(own / count)
             report(tool, figure, kernel[1:])
-            report(
-                tool,
-                f"tcpconnect, own cost, {rate:,} per second{ON_CPUS}",
-                own_cost[1:],
-            )
+            report(tool, f"tcpconnect, own cost, {rate:,} per second", own_cost[1:])
 
 
 def watch_flows(tools):
@@ -466,7 +462,7 @@ def watch_flows(tools):
         for tool, _ in started(tools):
             connects("IPv4", flows, ports)
             values = repeated(connects, "IPv4", BURST, some)
-            report(tool, f"a connect, -c, {flows:,} flows{ON_CPUS}", values)
+            report(tool, f"a connect, -c, {flows:,} flows", values)
 
 
 def put_versions():
@@ -537,12 +533,12 @@ def own_cost():
     watch_own_cost({**CONNECT, **CONNECT_OTHERS, **TCPDUMP}, connects, "tcpconnect")
     for tool, command in CONNECT.items():
         with running(command) as process:
-            values = user_side(process, other_ports, 1000)
+            values = user_side(process, idle(process)[0], other_ports, 1000)
             report(tool, "tcpconnect, own cost, batches of 1000, distinct", values)
     for option in ("-L", "-t", "-T", "--json"):
         for tool, command in ours(f"tcpconnect {option}").items():
             with running(command) as process:
-                values = user_side(process, connects, 20)
+                values = user_side(process, idle(process)[0], connects, 20)
                 report(tool, f"tcpconnect {option}, own cost, batches of 20", values)
 
 
