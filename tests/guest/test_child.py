@@ -131,6 +131,7 @@ def test_a_parent_that_is_killed(tmp_path, compiling):
     """Takes its child with it. Only its directory stays."""
     for name in TOOLS:
         process, child = compiling(name)
+        os.kill(child, signal.SIGSTOP)  # it would end when it has compiled
         process.kill()
         process.wait()
         until("the child to end", lambda pid=child: has_ended(pid))

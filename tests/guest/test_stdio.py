@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import threading
 import time
@@ -84,6 +85,9 @@ def test_sighup(start):
     """
     tools = start("tcpconnect", "tcpconnect -c")
     tools += start("tcpconnect", options={"wrapper": ("nohup",)})
+    status = pathlib.Path(f"/proc/{tools[2].process.pid}/status").read_text()
+    ignored = int(re.search(r"SigIgn:\s+(\w+)", status)[1], 16)
+    assert ignored & 1 << signal.SIGHUP - 1
     tools[2].process.send_signal(signal.SIGHUP)
     worker = Worker(b"client", connect_refused, IPV4)
     port = worker.report()
