@@ -381,7 +381,7 @@ def without_function(tmp_path, function):
         "from bcc import BPF\n"
         "real = BPF.attach_kprobe\n"
         "def refuse(self, event, fn_name):\n"
-        f"    if event == '{function}':\n"
+        f"    if event in ('{function}', b'{function}'):\n"
         "        raise Exception('Failed to attach BPF program')\n"
         "    return real(self, event=event, fn_name=fn_name)\n"
         "BPF.attach_kprobe = refuse\n"
