@@ -27,12 +27,14 @@ ADDRESSES = {
 CLONE_NEWNET = 0x40000000
 
 # A container on web1, which masquerades it. The port is kept except towards port 8001.
+# No port that is chosen by chance is one of the host's, which are 32768 and above.
+CONTAINER_PORTS = "net.ipv4.ip_local_port_range=20000 29999"
 CONTAINER, CONTAINERS_GATEWAY = "10.88.0.2", "10.88.0.1"
 MASQUERADE = f"""
 table ip fleet {{
     chain postrouting {{
         type nat hook postrouting priority 100
-        ip saddr {CONTAINER} tcp dport 8001 masquerade fully-random
+        ip saddr {CONTAINER} tcp dport 8001 masquerade to :10000-19999 fully-random
         ip saddr {CONTAINER} masquerade
     }}
 }}
@@ -84,6 +86,8 @@ def network():
                 text=True,
                 check=True,
             )
+        sysctl = ["ip", "netns", "exec", "container", "sysctl", "--quiet"]
+        subprocess.run([*sysctl, CONTAINER_PORTS], check=True)
         yield
     finally:
         for command in [f"netns delete {host}" for host in (*HOSTS, "container")] + [
@@ -323,11 +327,11 @@ def work_with_the_same_ports(fleet):
     """The same four addresses and ports: on two hosts; over and over, by two
     processes.
     """
-    ports = [40001, 40002, 40003]
+    ports = [31001, 31002, 31003]  # none that the kernel chooses by itself
     fleet.connect(3, "web1", "statsd", "web1", "nginx", LOCAL, 8080, ports=ports)
     fleet.connect(3, "db3", "statsd", "db3", "postgres", LOCAL, 8080, ports=ports)
-    fleet.connect(31, "web1", "celery", "app2", "gunicorn", APP, 8001, ports=[45000])
-    fleet.connect(29, "web1", "flower", "app2", "gunicorn", APP, 8001, ports=[45000])
+    fleet.connect(31, "web1", "celery", "app2", "gunicorn", APP, 8001, ports=[31500])
+    fleet.connect(29, "web1", "flower", "app2", "gunicorn", APP, 8001, ports=[31500])
 
 
 def work_with_translation(fleet):
