@@ -338,6 +338,7 @@ def work_with_translation(fleet):
     """A service address, masquerading, and masquerading that changes the port."""
     fleet.connect(
         *(59, "web1", "cart", "app2", "gunicorn", SERVICE, 80),
+        ports=range(31600, 31659),
         nat="dnat",
         at_server=(WEB, APP, 8000),
     )
