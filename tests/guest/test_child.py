@@ -80,7 +80,9 @@ def compiling(tmp_path):
     def start(name):
         process = piped(name, tmp_path)
         started.append(process)
-        (child,) = until("the child that compiles", lambda: children(process.pid))
+        # It has made arrangements for signals and its parent's end when it writes files.
+        until("the child that compiles", lambda: list(tmp_path.glob("*/*")))
+        (child,) = children(process.pid)
         return process, child
 
     yield start
