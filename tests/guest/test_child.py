@@ -81,7 +81,7 @@ def compiling(tmp_path):
         process = piped(name, tmp_path)
         started.append(process)
         # It has made arrangements for signals and its parent's end when it writes files.
-        until("the child that compiles", lambda: list(tmp_path.glob("*/*")))
+        until("the child that compiles", lambda: list(tmp_path.glob(f"{name}-*/*")))
         (child,) = children(process.pid)
         return process, child
 
