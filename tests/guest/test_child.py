@@ -80,7 +80,7 @@ def compiling(tmp_path):
     def start(name):
         process = piped(name, tmp_path)
         started.append(process)
-        # It has made arrangements for signals and its parent's end when it writes files.
+        # When it writes files, signals and its parent's end are taken care of.
         until("the child that compiles", lambda: list(tmp_path.glob(f"{name}-*/*")))
         (child,) = children(process.pid)
         return process, child

@@ -19,6 +19,7 @@ KIND = {
     "array": 3,
     "struct": 4,
     "union": 5,
+    "enum": 6,
     "typedef": 8,
     "volatile": 9,
     "const": 10,
@@ -87,12 +88,16 @@ FUNCTIONS = {  # and how many arguments they take
     "skb_consume_udp": 3,
     "inet_csk_accept": 4,
     "security_sock_graft": 2,
-    "bpf_get_current_task_btf": 0,
 }
+HELPER = "BPF_FUNC_get_current_task_btf"  # of enum bpf_func_id
 
 
 def kernel_btf(
-    change=lambda members: None, functions=FUNCTIONS, tramp_image=True, netns=True
+    change=lambda members: None,
+    functions=FUNCTIONS,
+    tramp_image=True,
+    netns=True,
+    helper=HELPER,
 ):
     """A small kernel's BTF. Its offsets are unlike any real kernel's.
 
@@ -137,6 +142,7 @@ def kernel_btf(
     btf.struct("user_regs_struct", 16, [("orig_ax", u64, 8)])
     if tramp_image:
         btf.struct("bpf_tramp_image", 8, [("image", u64, 0)])
+    btf.add("enum", "bpf_func_id", 4, btf.name(helper), 158, vlen=1)
     for function, arguments in functions.items():
         btf.func(function, arguments, u32)
     return btf
@@ -252,7 +258,7 @@ def test_what_the_kernel_has(shared):
         (kernel_btf(), True, True),
         (kernel_btf(without_ipv6), False, True),
         (kernel_btf(netns=False), True, True),
-        (kernel_btf(functions={"tcp_v4_connect": 3}), True, False),
+        (kernel_btf(helper="BPF_FUNC_get_current_task"), True, False),
     ):
         btf = read(shared, crafted)
         assert [shared.has_ipv6(btf), shared.has_mptcp(btf)] == has
@@ -297,8 +303,9 @@ def test_methods_best_first(methods):
 
 
 def test_one_method_only(methods):
-    for only in ("fexit", "kprobe", "headers"):
+    for only in ("fexit", "kprobe"):
         assert methods(kernel_btf(), only) == [only]
+    assert methods(None, "headers") == ["headers"]
     assert methods(None, "kprobe") == []
 
 
@@ -400,6 +407,9 @@ def test_btf_that_makes_no_sense(shared, tmp_path, monkeypatch, capfd, why):
     monkeypatch.delenv("TCPTOOLS_DEBUG", raising=False)
     path.write_bytes(WHOLE)
     assert offsets(shared.read_btf(), "sock_common") == SOCK_COMMON
+    with monkeypatch.context() as environment:
+        environment.setenv("TCPTOOLS_METHOD", "headers")
+        assert shared.read_btf() is None
     path.write_bytes(BROKEN[why])
     assert shared.read_btf() is None
     assert capfd.readouterr() == ("", "")
