@@ -186,15 +186,8 @@ def test_a_low_soft_limit_is_raised(start):
 
 @on_trixie
 def test_no_temporary_directory():
-    """Where all of them are read-only, in a mount namespace of its own."""
-    read_only = "; ".join(
-        f"mount -t tmpfs -o ro none {d}" for d in ("/tmp", "/var/tmp")
-    )
-    script = f'{read_only}; cd /proc; exec "$@"'
-    said = failures(
-        wrapper=("unshare", "--mount", "sh", "-c", script, "sh"),
-        env={**os.environ, "TMPDIR": "/nowhere"},
-    )
-    what = r"No usable temporary directory found in \['/nowhere', .+\]"
+    said = failures(env={**os.environ, "TMPDIR": "/nowhere"})
+    why = r"No such file or directory \(set TMPDIR to a directory\)"
+    what = f"cannot write to /nowhere: {why}"
     for name, line in said.items():
         assert re.fullmatch(rf"{name}: error: {what}\n", line)
