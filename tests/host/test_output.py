@@ -908,7 +908,7 @@ def received(message, ts, pid=181, server=RESOLVER, connected=0):
         ip_header = b"\x60".ljust(8) + packed(server)
     else:
         ip_header = b"\x45".ljust(12) + packed(server)[:4]
-    return ts, pid, len(message), 0, connected, ip_header.ljust(40), message
+    return ts, pid, len(message), connected, ip_header.ljust(40), message
 
 
 def response(name, *answers, ts, pid=181, **fields):
@@ -1216,7 +1216,7 @@ def test_any_response(shared, found, ip_header):
     with pytest.MonkeyPatch.context() as patch:
         names = names_of(shared, patch)
         for text in (found, found.ljust(4095, b"\0"), whole[:40] + found):
-            fields = 1, 181, len(text), 1, 0, ip_header, text
+            fields = 1, 181, len(text), 0, ip_header, text
             names.arrived.append(fields)
         assert looked_up(shared, names, "192.0.2.66", 2) is None
     for lookups in names.names.values():
