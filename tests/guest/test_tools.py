@@ -19,16 +19,21 @@ from conftest import (
     TOP,
     Worker,
     best_method,
+    both_methods_on_oldest,
     btf_without,
     changed_btf,
     failures,
     hidden,
+    json_count,
+    json_counts,
     only_at_both_ends,
     only_on,
     probed_functions,
     row,
     until,
 )
+from test_kinds import run_container
+from test_processes import in_cgroup
 from traffic import (
     connect_often,
     connect_to,
@@ -113,6 +118,52 @@ def test_ipv6_in_a_module(start, tmp_path):
     connects, _ = run_mixed_traffic()
     assert tool.stop() == connects
     assert tool.complaints() == []
+
+
+@both_methods_on_oldest
+def test_counts_as_json(start, cgroups, method):
+    """A line for each name of a process, cgroup and network namespace, and with
+    --per-process for each process. A cgroup that is gone has no path.
+    """
+    connects, accepts = start(
+        "tcpconnect -c --json",
+        "tcpaccept --json --per-process",
+        TCPTOOLS_METHOD=method,
+    )
+    server = listener(socket.AF_INET, IPV4)
+    port = server.getsockname()[1]
+    acceptor = Worker(b"server", serve, [server], 31)
+    directories = [cgroups / name for name in (".", "web.service", "gone")]
+    for comm, at, count in (
+        *((b"client", 0, 3), (b"client", 0, 4), (b"client", 1, 5)),
+        *((b"other", 1, 2), (b"client", 2, 17)),
+    ):
+        visit = connect_often, IPV4, port, count
+        Worker(comm, in_cgroup, directories[at], *visit).report()
+    acceptor.report()
+    contained = Worker(b"contained", run_container)
+    pid, _, inner = contained.report()
+    root, web, gone = (directory.stat().st_ino for directory in directories)
+    directories[2].rmdir()
+    connects.end()
+    accepts.end()
+    found = json_counts(connects)
+    within = next(line for line in found if line["process"] == "contained")
+    elsewhere = {"netns": within["netns"]}
+    assert within["netns"] != os.stat("/proc/self/ns/net").st_ino
+    one = "contained", "127.0.0.1", inner, (root, "/"), 3
+    assert found == [
+        json_count("connects", "client", IPV4, port, (gone,), 17),
+        json_count("connects", "client", IPV4, port, (root, "/"), 7),
+        json_count("connects", "client", IPV4, port, (web, "/web.service"), 5),
+        json_count("connects", *one, **elsewhere),
+        json_count("connects", "other", IPV4, port, (web, "/web.service"), 2),
+    ]
+    assert json_counts(accepts) == [
+        json_count("accepts", "server", IPV4, port, (root, "/"), 31, pid=acceptor.pid),
+        json_count("accepts", *one, pid=pid, **elsewhere),
+    ]
+    assert [tool.complaints() for tool in (connects, accepts)] == [[], []]
 
 
 def connect_in_threads(port, count, go):

@@ -179,8 +179,6 @@ def test_all_that_count_excludes_is_named(name, tool, capfd):
     for count in ("-c", "-i 7", "--per-process"):
         error = usage_error(tool, capfd, *short.split(), *count.split(), "-b", "8")
         assert error == f"-c/--count cannot be combined with {both}, -b/--buffer-pages"
-        error = usage_error(tool, capfd, *count.split(), "--json")
-        assert error == "-c/--count cannot be combined with --json"
 
 
 @pytest.mark.parametrize(

@@ -286,16 +286,16 @@ def test_counts(name, tool, monkeypatch):
         (80, 4, packed("192.0.2.2"), packed("192.0.2.9")): 7,
         (80, 4, packed("192.0.2.1"), packed("192.0.2.9")): 7,
     }
+    args = parse(tool, "-c")
+    record = tool.counted_struct(args)
     items = [
-        (tool.FLOW.pack(*flow), struct.pack("=Q", count))
-        for flow, count in flows.items()
+        (record.pack(*flow), struct.pack("=Q", count)) for flow, count in flows.items()
     ]
     written = []
     monkeypatch.setattr(tool, "write", written.append)
     monkeypatch.setattr(tool, "map_items", lambda fd, _: {71: items}[fd])
-    args = parse(tool, "-c")
     table = tool.Table(args, tool.columns(args))
-    tool.write_flows(args, 71, table)
+    tool.write_flows(args, 71, table.count)
     assert (
         "".join([table.header, *written])
         == {

@@ -358,8 +358,11 @@ def test_intervals_that_are_refused(shared, capfd, value):
 class Counting:
     """A fake of the kernel that counts by turns, and of the clock, in s."""
 
-    def __init__(self, tool, monkeypatch, ends):
-        """ends: times at which wait() returns, the last one for the end."""
+    def __init__(self, tool, monkeypatch, flow, ends):
+        """flow: what is counted. ends: times at which wait() returns, the last one for
+        the end.
+        """
+        self.flow = flow
         self.now, self.done, self.ends = 100.0, [], iter(ends)
         self.last, self.tool = ends[-1], tool
         self.maps = {"flows": 70, "odd_flows": 71, "interval": 72}
@@ -389,25 +392,25 @@ class Counting:
         self.done.append(f"interval {struct.unpack('=I', value)[0]}")
 
     def map_items(self, map_fd, command):
-        """One flow of as many as the map's descriptor is; reading empties it."""
+        """The flow, as often as the map's descriptor is; reading empties it."""
         assert command == 25  # BPF_MAP_LOOKUP_AND_DELETE_BATCH in linux/bpf.h
-        flow = self.tool.FLOW.pack(80, 4, bytes(16), bytes(16))
-        return [(flow, struct.pack("=Q", map_fd))]
+        return [(self.flow, struct.pack("=Q", map_fd))]
 
 
-def counted(tool, monkeypatch, options, ends):
+def counted(tool, monkeypatch, options, ends, *process):
     """What -c does, in order, with a blank line as "" and each row as its count."""
-    counting = Counting(tool, monkeypatch, ends)
+    args = parse(tool, "-c", *options.split())
+    flow = tool.counted_struct(args).pack(80, 4, bytes(16), bytes(16), *process)
+    counting = Counting(tool, monkeypatch, flow, ends)
     losses = SimpleNamespace(
         report=lambda: counting.done.append("losses"),
         report_total=lambda: counting.done.append("total"),
     )
     cgroups = SimpleNamespace(check=lambda: None)
-    args = parse(tool, "-c", *options.split())
     tool.print_counts(args, SimpleNamespace(maps=counting.maps), losses, cgroups)
     titles = tool.Table(args, tool.columns(args)).header
     lines = [text.replace(titles, "titles\n").rstrip("\n") for text in counting.done]
-    return [line.split()[-1] if "0.0.0.0" in line else line for line in lines]
+    return [line.split()[-1] if line[0:7] == "0.0.0.0" else line for line in lines]
 
 
 def test_intervals(tool, monkeypatch):
@@ -430,20 +433,52 @@ def test_intervals_in_which_the_tool_was_stopped(tool, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(
+    ("option", "number", "pid"), [("", 0, ""), ("--per-process", 71, '"pid": 71, ')]
+)
+def test_counts_as_json(name, tool, monkeypatch, option, number, pid):
+    """No titles and no blank lines; how long an interval was in fact, at least 1 s; the
+    path of a cgroup, until it is gone.
+    """
+    process = number, b"b\xff", 4026531840, 91
+    paths = iter(["/web", "/web", None])
+    monkeypatch.setattr(tool, "cgroup_path", lambda number: {91: next(paths)}[number])
+    monkeypatch.setattr(tool, "utc", "{} ns".format)
+    ends = [100.2, 103.0, 110.6, 110.7]
+    steps = counted(tool, monkeypatch, f"--json -T -i 3 {option}", ends, *process)
+
+    def line(at, path, count, seconds):
+        return (
+            f'{{"ts": "{at}00000000 ns", "host": "{os.uname().nodename}", '
+            f'"event": "{name[3:]}s", {pid}"process": "b\\\\xff", "ip": 4, '
+            '"saddr": "0.0.0.0", "daddr": "0.0.0.0", "dport": 80, '
+            f'"netns": 4026531840, "cgroup": 91{path}, "count": {count}, '
+            f'"interval_s": {seconds}}}'
+        )
+
+    path = ', "cgroup_path": "/web"'
+    assert steps == [
+        *("interval 1", "sleep 0.02", line(1030, path, 70, 3), "losses"),
+        *("interval 2", "sleep 0.02", line(1106, path, 71, 8), "losses"),
+        *(line(1107, "", 70, 1), "losses", "total"),
+    ]
+
+
 def test_rows_of_processes(name, tool, monkeypatch):
     """With --per-process: by count, then port, addresses, and PID."""
     keys = [(256, b"b\nc"), (9, b"nginx"), (80, b"nginx")]
-    flow = tool.FLOW.pack(80, 4, bytes([10, 0, 0, 1]) * 4, bytes([10, 0, 0, 2]) * 4)
+    args = parse(tool, "-c", "--per-process")
+    record = tool.counted_struct(args)
+    flow = 80, 4, bytes([10, 0, 0, 1]) * 4, bytes([10, 0, 0, 2]) * 4
     items = [
-        (flow + struct.pack("=I16s", *key), struct.pack("=Q", count))
+        (record.pack(*flow, *key), struct.pack("=Q", count))
         for key, count in zip(keys, (7, 7, 65537))
     ]
     written = []
     monkeypatch.setattr(tool, "map_items", lambda *_: items)
     monkeypatch.setattr(tool, "write", written.append)
-    args = parse(tool, "-c", "--per-process")
     table = tool.Table(args, tool.columns(args))
-    tool.write_flows(args, 71, table)
+    tool.write_flows(args, 71, table.count)
     between = {
         "tcpconnect": "10.0.0.1         10.0.0.2         80    ",
         "tcpaccept": "10.0.0.1         80    ",
