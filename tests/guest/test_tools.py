@@ -33,6 +33,7 @@ from conftest import (
     until,
 )
 from test_kinds import run_container
+from test_options import NOBODY, as_user
 from test_processes import in_cgroup
 from traffic import (
     connect_often,
@@ -164,6 +165,71 @@ def test_counts_as_json(start, cgroups, method):
         json_count("accepts", *one, pid=pid, **elsewhere),
     ]
     assert [tool.complaints() for tool in (connects, accepts)] == [[], []]
+
+
+def visit_in_thread(comm, ports):
+    """Connect to each port, in a thread of this name."""
+
+    def visit():
+        pathlib.Path("/proc/thread-self/comm").write_text(comm)
+        for port in ports:
+            connect_often(IPV4, port, 1)
+
+    thread = threading.Thread(target=visit)
+    thread.start()
+    thread.join()
+
+
+def test_ranges_and_not(start):
+    """Both ends of ranges and what is beside them; what a ! excludes, also within."""
+    ports = [7000, 7001, 7002, 7003, 7004, 7005, 7008]
+    servers = [socket.create_server((IPV4, port)) for port in ports]
+    accepts = [
+        Worker(b"server", serve, some, 7 * len(some))
+        for some in (servers[:-1], servers[-1:])
+    ]
+    clients = []
+    for comm, thread, uid in (
+        *(("client", "client", 0), ("other", "client", 0), ("client", "other", 0)),
+        *(("client", "client", NOBODY), ("clients", "clients", 0)),
+        *(("other", "other", 0), ("client", "client", 0)),
+    ):
+        reader, go = os.pipe()
+        visit = uid, reader, visit_in_thread, thread, ports
+        client = Worker(comm.encode(), as_user, *visit)
+        clients.append((client, go, comm, thread, uid))
+    pids = sorted(client.pid for client, *_ in clients)
+    by_port, by_pid, accepted = start(
+        "tcpconnect -P '!7003,7001-7004' -n '!other' -u '!nobody'",
+        f"tcpconnect -P 7001,7008-7009 -p '{pids[1]}-{pids[5]},!{pids[2]}-{pids[3]}'",
+        f"tcpaccept -P '7000-7100,!7001-7002,!7005' -p '!{accepts[1].pid}'",
+        TCPTOOLS_METHOD=best_method(),
+    )
+    known = []
+    for client, go, comm, thread, uid in clients:
+        os.write(go, b".")
+        client.report()
+        for port in ports:
+            shown = row(client.pid, thread, 4, IPV4, IPV4, port)
+            known.append((shown, port, client.pid, {comm, thread}, uid))
+    for server in accepts:
+        server.report()
+    assert by_port.stop() == [
+        line
+        for line, port, _, names, uid in known
+        if port in (7001, 7002, 7004) and "other" not in names and uid != NOBODY
+    ]
+    assert by_pid.stop() == [
+        line
+        for line, port, pid, *_ in known
+        if port in (7001, 7008) and pid in (pids[1], pids[4], pids[5])
+    ]
+    assert accepted.stop() == [
+        row(accepts[0].pid, "server", 4, IPV4, IPV4, port)
+        for _, port, *_ in known
+        if port in (7000, 7003, 7004)
+    ]
+    assert [tool.complaints() for tool in (by_port, by_pid, accepted)] == [[]] * 3
 
 
 def connect_in_threads(port, count, go):

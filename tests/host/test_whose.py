@@ -1,5 +1,6 @@
 """Whose connections: -a, -n, --unit, and counts per interval."""
 
+import argparse
 import errno
 import ipaddress
 import os
@@ -136,21 +137,67 @@ def test_any_networks(shared, tmp_path, version):
             checks.append(f"putchar(({test}) + 48);")
             wanted.append(longest_match(networks, ipaddress.ip_address(packed)))
     assert False in wanted and True in wanted
+    declared = "struct addr_t { unsigned word[4]; } *addr;"
+    said = printed(tmp_path, declared, checks)
+    assert said == "".join(str(int(one)) for one in wanted)
+
+
+def printed(tmp_path, declared, statements):
+    """What a C program prints."""
     source = tmp_path / "check.c"
-    body = "\n".join(checks)
+    body = "\n".join(statements)
     source.write_text(
-        "#include <stdio.h>\nstruct addr_t { unsigned word[4]; } *addr;\n"
-        f"int main(void) {{\n{body}\nreturn 0; }}"
+        f"#include <stdio.h>\n{declared}\nint main(void) {{\n{body}\nreturn 0; }}"
     )
     subprocess.run(["gcc", "-w", "-o", tmp_path / "check", source], check=True)
-    said = subprocess.check_output([tmp_path / "check"], text=True)
-    assert said == "".join(str(int(one)) for one in wanted)
+    return subprocess.check_output([tmp_path / "check"], text=True)
 
 
 def longest_match(networks, address):
     """Whether -a wants an address. No two networks are the same."""
     found = [(net.prefixlen, wanted) for wanted, net in networks if address in net]
     return max(found)[1] if found else not any(wanted for wanted, _ in networks)
+
+
+def test_any_ranges(shared, tmp_path):
+    """What the C text says of a number is what Python's ranges do."""
+    number = st.integers(0, 99) | st.integers(0, 4294967294)
+    ends = st.tuples(number, number).map(sorted) | number.map(lambda one: [one] * 2)
+    checks, wanted = [], []
+
+    @settings(deadline=None, max_examples=71, database=None)
+    @given(st.lists(st.tuples(st.booleans(), ends), min_size=1, max_size=9))
+    def collect(parts):
+        text = ",".join(
+            f"{'' if is_wanted else '!'}{first}{f'-{last}' if last > first else ''}"
+            for is_wanted, (first, last) in parts
+        )
+        ranges = {True: [], False: []}
+        for is_wanted, (first, last) in parts:
+            ranges[is_wanted].append(range(first, last + 1))
+        try:
+            found = shared.ranges_of(shared.user)(text)
+        except argparse.ArgumentTypeError as error:
+            assert str(error).endswith(": drop one")
+            assert any(
+                one[0] in other and one[-1] in other
+                for one in ranges[True]
+                for other in ranges[False]
+            )
+            return
+        test = shared.in_ranges("number", found)
+        numbers = {
+            max(0, end + by) for _, both in parts for end in both for by in (-1, 0, 1)
+        }
+        for one in sorted(numbers):
+            checks.append(f"number = {one}u; putchar({test} + 48);")
+            is_in = {kind: any(one in r for r in ranges[kind]) for kind in ranges}
+            wanted.append((is_in[True] or not ranges[True]) and not is_in[False])
+
+    collect()
+    assert False in wanted and True in wanted
+    said = printed(tmp_path, "typedef unsigned u32; u32 number;", checks)
+    assert said == "".join(str(int(one)) for one in wanted)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +222,9 @@ def test_name_in_the_c_program(shared, text):
     )
     comm = struct.pack("=QQ", *map(int, found.groups()))
     assert comm == os.fsencode(text).ljust(16, b"\0")
+    assert macros["TASK_FILTER"] == "has_name()"
+    others = shared.filter_macros(parse(shared, "-n", f"!{text}"))
+    assert others == {**macros, "TASK_FILTER": "!has_name()"}
 
 
 ID = "3f2a9c41d0b7" + 26 * "7e"
