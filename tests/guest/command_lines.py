@@ -12,11 +12,11 @@ SHORT = (
 LONG = SHORT.replace("-p", "--pid", 1).replace("-P", "--port").replace("-u", "--uid")
 LONG = LONG.replace("-n", "--name", 1)
 
-# --json and -c never go together, nor do -4 and -6; both leave columns out.
+# -4 and -6 never go together. --json and -c leave columns out.
 FOUR, SIX = "-4 -a {four}", "-a {six} -6"
 COLUMNS = "-t -T -U --unit"
 COUNT = f"-c -i 86400 --per-process {COLUMNS}"
-LONG_COUNT = "--count --interval 86400 --per-process --time"
+LONG_COUNT = "--count --interval 86400 --per-process --time --json"
 LONG_COLUMNS = "--timestamp --time --print-uid --unit --buffer-pages 32"
 LINES = {
     "tcpconnect": [

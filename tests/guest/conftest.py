@@ -457,6 +457,37 @@ def json_line(event, pid, uid, comm, ip, ends, cgroup, **fields):
     }
 
 
+def json_count(event, process, address, port, cgroup, count, **fields):
+    """An object of -c --json, but its time and the interval's, of connections from an
+    address to itself. cgroup: its inode and path.
+    """
+    return {
+        "host": os.uname().nodename,
+        "event": event,
+        "process": process,
+        "ip": 6 if ":" in address else 4,
+        **dict.fromkeys(("saddr", "daddr"), address),
+        "dport": port,
+        "netns": os.stat("/proc/self/ns/net").st_ino,
+        **dict(zip(("cgroup", "cgroup_path"), cgroup)),
+        "count": count,
+        **fields,
+    }
+
+
+def json_counts(tool):
+    """The lines of -c --json of a tool that ends now. All have the same time, which has
+    its form, and the same interval.
+    """
+    lines = [json.loads(line) for line in tool.rows()]
+    assert len({(line["ts"], line["interval_s"]) for line in lines}) == 1
+    for line in lines:
+        stamp, seconds = line.pop("ts"), line.pop("interval_s")
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", stamp)
+        assert 1 <= seconds == int(seconds)
+    return lines
+
+
 def own_comm():
     return pathlib.Path("/proc/self/comm").read_text().rstrip("\n")
 

@@ -11,7 +11,18 @@ import socket
 
 import pytest
 from command_lines import LINES
-from conftest import IPV4, IPV6, Worker, best_method, json_line, only_on, row, until
+from conftest import (
+    IPV4,
+    IPV6,
+    Worker,
+    best_method,
+    json_count,
+    json_counts,
+    json_line,
+    only_on,
+    row,
+    until,
+)
 from test_cgroup_filters import make_map
 from test_columns import ask, without_age, without_latency
 from test_options import NOBODY
@@ -219,10 +230,10 @@ def test_tcpconnect(trace):
         f"{process}{IPV4:<16} {IPV4:<16} {listening:<5} 5",
         f"{process}{IPV4:<16} {IPV4:<16} {closed:<5} 2",
     ]
-    assert count6.rows() == [
-        titles,
-        f"{process}{IPV6:<16} {IPV6:<16} {closed:<5} 7",
-        f"{process}{IPV6:<16} {IPV6:<16} {listening:<5} 3",
+    pid, where = known[0]["pid"], (known[0]["cgroup"], f"/{UNIT}")
+    assert json_counts(count6) == [
+        json_count("connects", "it", IPV6, port, where, count, pid=pid)
+        for port, count in ((closed, 7), (listening, 3))
     ]
 
 
@@ -248,4 +259,7 @@ def test_tcpaccept(trace):
     process = f"{known[0]['pid']:<7} it           "
     titles = "PID     COMM         RADDR            LPORT ACCEPTS"
     assert count4.rows() == [titles, f"{process}{IPV4:<16} {port:<5} 5"]
-    assert count6.rows() == [titles, f"{process}{IPV6:<16} {port:<5} 3"]
+    pid, where = known[0]["pid"], (known[0]["cgroup"], f"/{UNIT}")
+    assert json_counts(count6) == [
+        json_count("accepts", "it", IPV6, port, where, 3, pid=pid)
+    ]

@@ -19,16 +19,22 @@ from conftest import (
     TOP,
     Worker,
     best_method,
+    both_methods_on_oldest,
     btf_without,
     changed_btf,
     failures,
     hidden,
+    json_count,
+    json_counts,
     only_at_both_ends,
     only_on,
     probed_functions,
     row,
     until,
 )
+from test_kinds import run_container
+from test_options import NOBODY, as_user
+from test_processes import in_cgroup
 from traffic import (
     connect_often,
     connect_to,
@@ -113,6 +119,117 @@ def test_ipv6_in_a_module(start, tmp_path):
     connects, _ = run_mixed_traffic()
     assert tool.stop() == connects
     assert tool.complaints() == []
+
+
+@both_methods_on_oldest
+def test_counts_as_json(start, cgroups, method):
+    """A line for each name of a process, cgroup and network namespace, and with
+    --per-process for each process. A cgroup that is gone has no path.
+    """
+    connects, accepts = start(
+        "tcpconnect -c --json",
+        "tcpaccept --json --per-process",
+        TCPTOOLS_METHOD=method,
+    )
+    server = listener(socket.AF_INET, IPV4)
+    port = server.getsockname()[1]
+    acceptor = Worker(b"server", serve, [server], 31)
+    directories = [cgroups / name for name in (".", "web.service", "gone")]
+    for comm, at, count in (
+        *((b"client", 0, 3), (b"client", 0, 4), (b"client", 1, 5)),
+        *((b"other", 1, 2), (b"client", 2, 17)),
+    ):
+        visit = connect_often, IPV4, port, count
+        Worker(comm, in_cgroup, directories[at], *visit).report()
+    acceptor.report()
+    contained = Worker(b"contained", run_container)
+    pid, _, inner = contained.report()
+    root, web, gone = (directory.stat().st_ino for directory in directories)
+    directories[2].rmdir()
+    connects.end()
+    accepts.end()
+    found = json_counts(connects)
+    within = next(line for line in found if line["process"] == "contained")
+    elsewhere = {"netns": within["netns"]}
+    assert within["netns"] != os.stat("/proc/self/ns/net").st_ino
+    one = "contained", "127.0.0.1", inner, (root, "/"), 3
+    assert found == [
+        json_count("connects", "client", IPV4, port, (gone,), 17),
+        json_count("connects", "client", IPV4, port, (root, "/"), 7),
+        json_count("connects", "client", IPV4, port, (web, "/web.service"), 5),
+        json_count("connects", *one, **elsewhere),
+        json_count("connects", "other", IPV4, port, (web, "/web.service"), 2),
+    ]
+    assert json_counts(accepts) == [
+        json_count("accepts", "server", IPV4, port, (root, "/"), 31, pid=acceptor.pid),
+        json_count("accepts", *one, pid=pid, **elsewhere),
+    ]
+    assert [tool.complaints() for tool in (connects, accepts)] == [[], []]
+
+
+def visit_in_thread(comm, ports):
+    """Connect to each port, in a thread of this name."""
+
+    def visit():
+        pathlib.Path("/proc/thread-self/comm").write_text(comm)
+        for port in ports:
+            connect_often(IPV4, port, 1)
+
+    thread = threading.Thread(target=visit)
+    thread.start()
+    thread.join()
+
+
+def test_ranges_and_not(start):
+    """Both ends of ranges and what is beside them; what a ! excludes, also within."""
+    ports = [7000, 7001, 7002, 7003, 7004, 7005, 7008]
+    servers = [socket.create_server((IPV4, port)) for port in ports]
+    accepts = [
+        Worker(b"server", serve, some, 7 * len(some))
+        for some in (servers[:-1], servers[-1:])
+    ]
+    clients = []
+    for comm, thread, uid in (
+        *(("client", "client", 0), ("other", "client", 0), ("client", "other", 0)),
+        *(("client", "client", NOBODY), ("clients", "clients", 0)),
+        *(("other", "other", 0), ("client", "client", 0)),
+    ):
+        reader, go = os.pipe()
+        visit = uid, reader, visit_in_thread, thread, ports
+        client = Worker(comm.encode(), as_user, *visit)
+        clients.append((client, go, comm, thread, uid))
+    pids = sorted(client.pid for client, *_ in clients)
+    by_port, by_pid, accepted = start(
+        "tcpconnect -P '!7003,7001-7004' -n '!other' -u '!nobody'",
+        f"tcpconnect -P 7001,7008-7009 -p '{pids[1]}-{pids[5]},!{pids[2]}-{pids[3]}'",
+        f"tcpaccept -P '7000-7100,!7001-7002,!7005' -p '!{accepts[1].pid}'",
+        TCPTOOLS_METHOD=best_method(),
+    )
+    known = []
+    for client, go, comm, thread, uid in clients:
+        os.write(go, b".")
+        client.report()
+        for port in ports:
+            shown = row(client.pid, thread, 4, IPV4, IPV4, port)
+            known.append((shown, port, client.pid, {comm, thread}, uid))
+    for server in accepts:
+        server.report()
+    assert by_port.stop() == [
+        line
+        for line, port, _, names, uid in known
+        if port in (7001, 7002, 7004) and "other" not in names and uid != NOBODY
+    ]
+    assert by_pid.stop() == [
+        line
+        for line, port, pid, *_ in known
+        if port in (7001, 7008) and pid in (pids[1], pids[4], pids[5])
+    ]
+    assert accepted.stop() == [
+        row(accepts[0].pid, "server", 4, IPV4, IPV4, port)
+        for _, port, *_ in known
+        if port in (7000, 7003, 7004)
+    ]
+    assert [tool.complaints() for tool in (by_port, by_pid, accepted)] == [[]] * 3
 
 
 def connect_in_threads(port, count, go):

@@ -179,8 +179,6 @@ def test_all_that_count_excludes_is_named(name, tool, capfd):
     for count in ("-c", "-i 7", "--per-process"):
         error = usage_error(tool, capfd, *short.split(), *count.split(), "-b", "8")
         assert error == f"-c/--count cannot be combined with {both}, -b/--buffer-pages"
-        error = usage_error(tool, capfd, *count.split(), "--json")
-        assert error == "-c/--count cannot be combined with --json"
 
 
 @pytest.mark.parametrize(
@@ -209,8 +207,49 @@ def test_defaults(tool):
 
 def test_values(tool):
     args = parse(tool, "-p", "1,4194304", "-P", "65535", "-u", "0,nobody", "-b", "64")
-    assert (args.pid, args.port, args.buffer_pages) == ([1, 4194304], [65535], 64)
-    assert args.uid == [0, pwd.getpwnam("nobody").pw_uid]
+    assert args.pid == [(True, 1, 1), (True, 4194304, 4194304)]
+    assert (args.port, args.buffer_pages) == ([(True, 65535, 65535)], 64)
+    nobody = pwd.getpwnam("nobody").pw_uid
+    assert args.uid == [(True, 0, 0), (True, nobody, nobody)]
+    args = parse(tool, "-p", "!1", "-P", "!443,80-80,8000-8999", "-u", "!nobody,0-9")
+    assert args.pid == [(False, 1, 1)]
+    assert args.port == [(False, 443, 443), (True, 80, 80), (True, 8000, 8999)]
+    assert args.uid == [(False, nobody, nobody), (True, 0, 9)]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("-P 9-3", "-P/--port: the lower number comes first: '9-3'"),
+        ("-P !9-3", "-P/--port: the lower number comes first: '!9-3'"),
+        ("-P !", f"-P/--port: {PORT}: ''"),
+        ("-P !!80", f"-P/--port: {PORT}: '!80'"),
+        ("-P 1-", f"-P/--port: {PORT}: '1-'"),
+        ("-P=-9", f"-P/--port: {PORT}: '-9'"),
+        ("-P 1-2-3", f"-P/--port: {PORT}: '1-2-3'"),
+        ("-P 0-3", f"-P/--port: {PORT}: '0'"),
+        ("-P 1-65536", f"-P/--port: {PORT}: '65536'"),
+        ("-P 80,!80", "-P/--port: both 80 and !80: drop one"),
+        ("-P !1-99,81-90", "-P/--port: both 81-90 and !1-99: drop one"),
+        ("-p !4194305", f"-p/--pid: {PID}: '4194305'"),
+        ("-p 2,!2-3", "-p/--pid: both 2 and !2-3: drop one"),
+        ("-u !nosuch", "-u/--uid: no such user: 'nosuch'"),
+        ("-u root-nobody", "-u/--uid: no such user: 'root-nobody'"),
+        ("-u 0-4294967295", "-u/--uid: no such user: '4294967295'"),
+        ("-u root,!0", "-u/--uid: both root and !0: drop one"),
+        ("-n !", "-n/--name: not a name of 1 to 15 bytes: '!'"),
+    ],
+)
+def test_ranges_that_are_refused(shared, capfd, words, error):
+    option, _, value = words.replace("=", " ").partition(" ")
+    assert usage_error(shared, capfd, f"{option}{value}") == f"argument {error}"
+
+
+def test_user_whose_name_is_no_range(shared, monkeypatch):
+    users = {"www-data": SimpleNamespace(pw_uid=33)}
+    monkeypatch.setattr(shared.pwd, "getpwnam", users.__getitem__)
+    assert parse(shared, "-u", "www-data").uid == [(True, 33, 33)]
+    assert parse(shared, "-u", "!www-data").uid == [(False, 33, 33)]
 
 
 def of_kind(kind, text):
@@ -273,8 +312,9 @@ def test_no_text_reaches_the_c_program(shared, text):
     except argparse.ArgumentTypeError:
         return
     args = parse(shared)
-    args.uid = [uid]
-    expression = f"({{ u32 x = bpf_get_current_uid_gid(); x == {uid:d}u; }})"
+    args.uid = [(True, uid, uid)]
+    test = f"(x == {uid:d}u) && !(0)"
+    expression = f"({{ u32 x = bpf_get_current_uid_gid(); {test}; }})"
     assert shared.task_filter(args) == expression
 
 
@@ -721,10 +761,11 @@ def test_ebpf_prints_the_program(name, tool):
     done = run(name, "--ebpf", *options)
     nobody = pwd.getpwnam("nobody").pw_uid
     assert (done.returncode, done.stderr) == (0, "")
-    task = "u32 x = bpf_get_current_pid_tgid() >> 32; x == 181u || x == 182u;"
-    user = f"u32 x = bpf_get_current_uid_gid(); x == 0u || x == {nobody}u;"
-    assert f"#define TASK_FILTER ({{ {task} }}) && ({{ {user} }})\n" in done.stdout
-    flow = "ip == 6 && ({ u32 x = port; x == 80u; })"
+    task = "u32 x = bpf_get_current_pid_tgid() >> 32; (x == 181u || x == 182u)"
+    user = f"u32 x = bpf_get_current_uid_gid(); (x == 0u || x == {nobody}u)"
+    both = " && ".join(f"({{ {one} && !(0); }})" for one in (task, user))
+    assert f"#define TASK_FILTER {both}\n" in done.stdout
+    flow = "ip == 6 && ({ u32 x = port; (x == 80u) && !(0); })"
     assert f"#define FLOW_FILTER {flow}\n" in done.stdout
     bare = run(name, "--ebpf", "-t", "-T", "-b", "8").stdout
     assert "#define TASK_FILTER true\n#define FLOW_FILTER true\n" in bare

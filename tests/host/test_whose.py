@@ -1,5 +1,6 @@
 """Whose connections: -a, -n, --unit, and counts per interval."""
 
+import argparse
 import errno
 import ipaddress
 import os
@@ -136,21 +137,67 @@ def test_any_networks(shared, tmp_path, version):
             checks.append(f"putchar(({test}) + 48);")
             wanted.append(longest_match(networks, ipaddress.ip_address(packed)))
     assert False in wanted and True in wanted
+    declared = "struct addr_t { unsigned word[4]; } *addr;"
+    said = printed(tmp_path, declared, checks)
+    assert said == "".join(str(int(one)) for one in wanted)
+
+
+def printed(tmp_path, declared, statements):
+    """What a C program prints."""
     source = tmp_path / "check.c"
-    body = "\n".join(checks)
+    body = "\n".join(statements)
     source.write_text(
-        "#include <stdio.h>\nstruct addr_t { unsigned word[4]; } *addr;\n"
-        f"int main(void) {{\n{body}\nreturn 0; }}"
+        f"#include <stdio.h>\n{declared}\nint main(void) {{\n{body}\nreturn 0; }}"
     )
     subprocess.run(["gcc", "-w", "-o", tmp_path / "check", source], check=True)
-    said = subprocess.check_output([tmp_path / "check"], text=True)
-    assert said == "".join(str(int(one)) for one in wanted)
+    return subprocess.check_output([tmp_path / "check"], text=True)
 
 
 def longest_match(networks, address):
     """Whether -a wants an address. No two networks are the same."""
     found = [(net.prefixlen, wanted) for wanted, net in networks if address in net]
     return max(found)[1] if found else not any(wanted for wanted, _ in networks)
+
+
+def test_any_ranges(shared, tmp_path):
+    """What the C text says of a number is what Python's ranges do."""
+    number = st.integers(0, 99) | st.integers(0, 4294967294)
+    ends = st.tuples(number, number).map(sorted) | number.map(lambda one: [one] * 2)
+    checks, wanted = [], []
+
+    @settings(deadline=None, max_examples=71, database=None)
+    @given(st.lists(st.tuples(st.booleans(), ends), min_size=1, max_size=9))
+    def collect(parts):
+        text = ",".join(
+            f"{'' if is_wanted else '!'}{first}{f'-{last}' if last > first else ''}"
+            for is_wanted, (first, last) in parts
+        )
+        ranges = {True: [], False: []}
+        for is_wanted, (first, last) in parts:
+            ranges[is_wanted].append(range(first, last + 1))
+        try:
+            found = shared.ranges_of(shared.user)(text)
+        except argparse.ArgumentTypeError as error:
+            assert str(error).endswith(": drop one")
+            assert any(
+                one[0] in other and one[-1] in other
+                for one in ranges[True]
+                for other in ranges[False]
+            )
+            return
+        test = shared.in_ranges("number", found)
+        numbers = {
+            max(0, end + by) for _, both in parts for end in both for by in (-1, 0, 1)
+        }
+        for one in sorted(numbers):
+            checks.append(f"number = {one}u; putchar({test} + 48);")
+            is_in = {kind: any(one in r for r in ranges[kind]) for kind in ranges}
+            wanted.append((is_in[True] or not ranges[True]) and not is_in[False])
+
+    collect()
+    assert False in wanted and True in wanted
+    said = printed(tmp_path, "typedef unsigned u32; u32 number;", checks)
+    assert said == "".join(str(int(one)) for one in wanted)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +222,9 @@ def test_name_in_the_c_program(shared, text):
     )
     comm = struct.pack("=QQ", *map(int, found.groups()))
     assert comm == os.fsencode(text).ljust(16, b"\0")
+    assert macros["TASK_FILTER"] == "has_name()"
+    others = shared.filter_macros(parse(shared, "-n", f"!{text}"))
+    assert others == {**macros, "TASK_FILTER": "!has_name()"}
 
 
 ID = "3f2a9c41d0b7" + 26 * "7e"
@@ -358,8 +408,11 @@ def test_intervals_that_are_refused(shared, capfd, value):
 class Counting:
     """A fake of the kernel that counts by turns, and of the clock, in s."""
 
-    def __init__(self, tool, monkeypatch, ends):
-        """ends: times at which wait() returns, the last one for the end."""
+    def __init__(self, tool, monkeypatch, flow, ends):
+        """flow: what is counted. ends: times at which wait() returns, the last one for
+        the end.
+        """
+        self.flow = flow
         self.now, self.done, self.ends = 100.0, [], iter(ends)
         self.last, self.tool = ends[-1], tool
         self.maps = {"flows": 70, "odd_flows": 71, "interval": 72}
@@ -389,25 +442,25 @@ class Counting:
         self.done.append(f"interval {struct.unpack('=I', value)[0]}")
 
     def map_items(self, map_fd, command):
-        """One flow of as many as the map's descriptor is; reading empties it."""
+        """The flow, as often as the map's descriptor is; reading empties it."""
         assert command == 25  # BPF_MAP_LOOKUP_AND_DELETE_BATCH in linux/bpf.h
-        flow = self.tool.FLOW.pack(80, 4, bytes(16), bytes(16))
-        return [(flow, struct.pack("=Q", map_fd))]
+        return [(self.flow, struct.pack("=Q", map_fd))]
 
 
-def counted(tool, monkeypatch, options, ends):
+def counted(tool, monkeypatch, options, ends, *process):
     """What -c does, in order, with a blank line as "" and each row as its count."""
-    counting = Counting(tool, monkeypatch, ends)
+    args = parse(tool, "-c", *options.split())
+    flow = tool.counted_struct(args).pack(80, 4, bytes(16), bytes(16), *process)
+    counting = Counting(tool, monkeypatch, flow, ends)
     losses = SimpleNamespace(
         report=lambda: counting.done.append("losses"),
         report_total=lambda: counting.done.append("total"),
     )
     cgroups = SimpleNamespace(check=lambda: None)
-    args = parse(tool, "-c", *options.split())
     tool.print_counts(args, SimpleNamespace(maps=counting.maps), losses, cgroups)
     titles = tool.Table(args, tool.columns(args)).header
     lines = [text.replace(titles, "titles\n").rstrip("\n") for text in counting.done]
-    return [line.split()[-1] if "0.0.0.0" in line else line for line in lines]
+    return [line.split()[-1] if line[0:7] == "0.0.0.0" else line for line in lines]
 
 
 def test_intervals(tool, monkeypatch):
@@ -430,20 +483,52 @@ def test_intervals_in_which_the_tool_was_stopped(tool, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(
+    ("option", "number", "pid"), [("", 0, ""), ("--per-process", 71, '"pid": 71, ')]
+)
+def test_counts_as_json(name, tool, monkeypatch, option, number, pid):
+    """No titles and no blank lines; how long an interval was in fact, at least 1 s; the
+    path of a cgroup, until it is gone.
+    """
+    process = number, b"b\xff", 4026531840, 91
+    paths = iter(["/web", "/web", None])
+    monkeypatch.setattr(tool, "cgroup_path", lambda number: {91: next(paths)}[number])
+    monkeypatch.setattr(tool, "utc", "{} ns".format)
+    ends = [100.2, 103.0, 110.6, 110.7]
+    steps = counted(tool, monkeypatch, f"--json -T -i 3 {option}", ends, *process)
+
+    def line(at, path, count, seconds):
+        return (
+            f'{{"ts": "{at}00000000 ns", "host": "{os.uname().nodename}", '
+            f'"event": "{name[3:]}s", {pid}"process": "b\\\\xff", "ip": 4, '
+            '"saddr": "0.0.0.0", "daddr": "0.0.0.0", "dport": 80, '
+            f'"netns": 4026531840, "cgroup": 91{path}, "count": {count}, '
+            f'"interval_s": {seconds}}}'
+        )
+
+    path = ', "cgroup_path": "/web"'
+    assert steps == [
+        *("interval 1", "sleep 0.02", line(1030, path, 70, 3), "losses"),
+        *("interval 2", "sleep 0.02", line(1106, path, 71, 8), "losses"),
+        *(line(1107, "", 70, 1), "losses", "total"),
+    ]
+
+
 def test_rows_of_processes(name, tool, monkeypatch):
     """With --per-process: by count, then port, addresses, and PID."""
     keys = [(256, b"b\nc"), (9, b"nginx"), (80, b"nginx")]
-    flow = tool.FLOW.pack(80, 4, bytes([10, 0, 0, 1]) * 4, bytes([10, 0, 0, 2]) * 4)
+    args = parse(tool, "-c", "--per-process")
+    record = tool.counted_struct(args)
+    flow = 80, 4, bytes([10, 0, 0, 1]) * 4, bytes([10, 0, 0, 2]) * 4
     items = [
-        (flow + struct.pack("=I16s", *key), struct.pack("=Q", count))
+        (record.pack(*flow, *key), struct.pack("=Q", count))
         for key, count in zip(keys, (7, 7, 65537))
     ]
     written = []
     monkeypatch.setattr(tool, "map_items", lambda *_: items)
     monkeypatch.setattr(tool, "write", written.append)
-    args = parse(tool, "-c", "--per-process")
     table = tool.Table(args, tool.columns(args))
-    tool.write_flows(args, 71, table)
+    tool.write_flows(args, 71, table.count)
     between = {
         "tcpconnect": "10.0.0.1         10.0.0.2         80    ",
         "tcpaccept": "10.0.0.1         80    ",
