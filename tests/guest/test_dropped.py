@@ -1,0 +1,204 @@
+"""tcpaccept -x: a row for each packet that the kernel dropped since an accept queue was
+full, with fexit and with kprobes, against the kernel's own count.
+"""
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import struct
+
+import pytest
+from conftest import (
+    IPV4,
+    IPV6,
+    METHODS,
+    Worker,
+    best_method,
+    only_at_both_ends,
+    running,
+    until,
+)
+from traffic import LINGER_0, MAPPED, listener, lost, waiting
+
+BACKLOG = 3
+FAMILIES = (  # of the listener and where it listens; of the client and whom it calls
+    (socket.AF_INET, IPV4, socket.AF_INET, IPV4),
+    (socket.AF_INET6, IPV6, socket.AF_INET6, IPV6),
+    (socket.AF_INET6, "::", socket.AF_INET6, MAPPED),
+)
+
+
+def overflows():
+    """TcpExtListenOverflows of this network namespace."""
+    names, values, *_ = pathlib.Path("/proc/net/netstat").read_text().splitlines()
+    return int(dict(zip(names.split(), values.split()))["ListenOverflows"])
+
+
+class Full:
+    """A listening socket whose accept queue is full, and whoever waits in it."""
+
+    def __init__(self, stack, family, address, client_family, target, deferred=0):
+        """deferred: of so many clients more the last ACK is still to come."""
+        self.server = stack.enter_context(listener(family, address, BACKLOG + deferred))
+        self.port = self.server.getsockname()[1]
+        self.family, self.target = client_family, (target, self.port)
+        self.limit = BACKLOG + deferred
+        self.late = []
+        if deferred:  # accepted only once they have sent something
+            self.server.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 100)
+            self.late = [self.connect(stack) for _ in range(deferred)]
+        for _ in range(self.limit + 1):
+            self.connect(stack).send(b".")
+        until("a full queue", lambda: waiting(self.server) == self.limit + 1)
+
+    def connect(self, stack):
+        client = stack.enter_context(socket.socket(self.family))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+        client.connect(self.target)
+        return client
+
+    def row(self, client, packet):
+        """The row of a packet of this client's, with RPORT."""
+        ip, address = (6, IPV6) if self.target[0] == IPV6 else (4, IPV4)
+        port = client.getsockname()[1]
+        return (
+            f"{ip:<2} {address:<16} {port:<6} {address:<16} {self.port:<5} "
+            f"{self.limit + 1:<5} {self.limit:<5} {packet}"
+        )
+
+
+def knock(full, is_blocking):
+    """Connect to where nobody gets in, and give up; the row of that."""
+    with socket.socket(full.family) as client:
+        client.setblocking(is_blocking)
+        ms = struct.pack("=qq", 0, 1000)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, ms)
+        assert client.connect_ex(full.target) == errno.EINPROGRESS
+        return full.row(client, "syn")
+
+
+def knock_often(queues, count):
+    """On one CPU, so that the rows have an order."""
+    os.sched_setaffinity(0, {0})
+    choices = [(full, block) for full in queues for block in (True, False)]
+    picked = [choices[i % len(choices)] for i in range(count)]
+    random.Random(count).shuffle(picked)
+    return [knock(*choice) for choice in picked]
+
+
+def without_repeats(rows):
+    return [row for row, _ in itertools.groupby(rows)]
+
+
+def without_time(line):
+    return {key: value for key, value in json.loads(line).items() if key != "ts"}
+
+
+@pytest.fixture(scope="module")
+def queues():
+    with contextlib.ExitStack() as stack:
+        yield [Full(stack, *family) for family in FAMILIES]
+
+
+@pytest.fixture(scope="module")
+def tools(queues, tmp_path_factory):
+    """With each method, and one that sees one of the three."""
+    commands = {method: ("tcpaccept -x -R", method) for method in METHODS}
+    ports = f"{queues[1].port},{queues[2].port}"
+    commands["json"] = (f"tcpaccept -x --json -6 -P {ports} -a {IPV6}", best_method())
+    with running(tmp_path_factory, commands) as found:
+        yield found
+
+
+@pytest.fixture
+def new_rows(tools):
+    """new_rows(): what each tool has printed of this test, as many as were dropped."""
+    before, dropped = (
+        {key: len(tool.rows()) for key, tool in tools.items()},
+        overflows(),
+    )
+
+    def new():
+        return {key: tool.rows()[before[key] :] for key, tool in tools.items()}
+
+    def rows():
+        count = overflows() - dropped
+        until(
+            f"{count} rows",
+            lambda: all(len(new()[method]) >= count for method in METHODS),
+        )
+        found = new()
+        assert [len(found[method]) for method in METHODS] == [count, count]
+        return found
+
+    return rows
+
+
+def test_header(tools):
+    titles = "IP RADDR            RPORT  LADDR            LPORT QLEN  QMAX  DROP\n"
+    for method in METHODS:
+        assert tools[method].out.read_text().startswith(titles)
+
+
+def test_syns(tools, queues, new_rows):
+    """Of 997 connects, each is a row, and a SYN that was repeated is one more."""
+    knocked = Worker(b"client", knock_often, queues, 997).report()
+    found = new_rows()
+    for method in METHODS:
+        assert without_repeats(found[method]) == without_repeats(knocked)
+    (listening,) = {full.port for full in queues if full.target[0] == IPV6}
+    ipv6 = [row for row in found[best_method()] if row.startswith("6 ")]
+    assert [without_time(line) for line in found["json"]] == [
+        {
+            "host": os.uname().nodename,
+            "event": "accept_failed",
+            "ip": 6,
+            "saddr": IPV6,
+            "sport": int(row.split()[2]),
+            "daddr": IPV6,
+            "dport": listening,
+            "netns": os.stat("/proc/self/ns/net").st_ino,
+            "qlen": BACKLOG + 1,
+            "qmax": BACKLOG,
+            "dropped": "syn",
+        }
+        for row in ipv6
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=["IPv4", "IPv6", "mapped"])
+def test_last_acks(new_rows, family):
+    """13 were answered before the queue was full: what they send is dropped with the
+    ACK that comes with it, and repeated.
+    """
+    with contextlib.ExitStack() as stack:
+        full = Full(stack, *family, deferred=13)
+        for client in full.late:
+            client.send(b"data")
+        rows = {full.row(client, "ack") for client in full.late}
+        for client in full.late:  # a reset: nothing is repeated any more
+            client.close()
+    found = new_rows()
+    for method in METHODS:
+        assert set(found[method]) == rows
+
+
+@only_at_both_ends
+def test_lost(start):
+    """A stopped reader: what did not fit into its buffers is counted."""
+    with contextlib.ExitStack() as stack:
+        full = Full(stack, *FAMILIES[0])
+        (tool,) = start("tcpaccept -x -b 1", TCPTOOLS_METHOD=best_method())
+        before = overflows()
+        tool.process.send_signal(signal.SIGSTOP)
+        Worker(b"client", knock_often, [full], 997).report()
+        tool.process.send_signal(signal.SIGCONT)
+        rows = tool.stop()
+        assert 0 < len(rows) < 997
+        assert len(rows) + lost(tool) == overflows() - before
