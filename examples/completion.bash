@@ -25,7 +25,7 @@ _tcptools() {
     local pages="1 2 4 8 16 32 64 128 256 512 1024 2048 4096 8192 16384"
     case ${1##*/} in
     tcpconnect) options+=" -x --failed -m --min-ms -L --lport -l --latency -d --dns" ;;
-    tcpaccept) options+=" -R --rport -q --queue" ;;
+    tcpaccept) options+=" -x --failed -R --rport -q --queue" ;;
     esac
     if [[ $option == = ]]; then
         option=${COMP_WORDS[COMP_CWORD - 2]}

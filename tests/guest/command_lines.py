@@ -35,4 +35,9 @@ LINES = {
         f"{COUNT} -R {FOUR} {SHORT}",
         f"{LONG} --addr {{six}} --ipv6 {LONG_COUNT}",
     ],
+    # test_dropped.py runs these
+    "tcpaccept -x": [
+        f"-x -t -T -R -q -b 64 {FOUR} -P {{ports}}",
+        f"--failed --json {SIX} -P {{ports}}",
+    ],
 }

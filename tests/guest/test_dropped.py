@@ -14,6 +14,7 @@ import socket
 import struct
 
 import pytest
+from command_lines import LINES
 from conftest import (
     IPV4,
     IPV6,
@@ -108,53 +109,56 @@ def queues():
 
 @pytest.fixture(scope="module")
 def tools(queues, tmp_path_factory):
-    """With each method, and one that sees one of the three."""
+    """With each method, and two of which each sees one of the three."""
     commands = {method: ("tcpaccept -x -R", method) for method in METHODS}
     ports = f"{queues[1].port},{queues[2].port}"
-    commands["json"] = (f"tcpaccept -x --json -6 -P {ports} -a {IPV6}", best_method())
+    for key, line in zip(("table", "json"), LINES["tcpaccept -x"]):
+        options = line.format(four=IPV4, six=IPV6, ports=ports)
+        commands[key] = (f"tcpaccept {options}", best_method())
     with running(tmp_path_factory, commands) as found:
         yield found
 
 
 @pytest.fixture
 def new_rows(tools):
-    """new_rows(): what each tool has printed of this test, as many as were dropped."""
-    before, dropped = (
-        {key: len(tool.rows()) for key, tool in tools.items()},
-        overflows(),
-    )
-
-    def new():
-        return {key: tool.rows()[before[key] :] for key, tool in tools.items()}
+    """new_rows(): what was printed of this test with each method, as many rows as
+    packets were dropped.
+    """
+    before, dropped = [len(tools[method].rows()) for method in METHODS], overflows()
 
     def rows():
+        return [tools[method].rows()[n:] for method, n in zip(METHODS, before)]
+
+    def all_rows():
         count = overflows() - dropped
-        until(
-            f"{count} rows",
-            lambda: all(len(new()[method]) >= count for method in METHODS),
-        )
-        found = new()
-        assert [len(found[method]) for method in METHODS] == [count, count]
+        until(f"{count} rows", lambda: min(map(len, rows())) >= count)
+        found = rows()
+        assert [len(rows) for rows in found] == [count] * 2
         return found
 
-    return rows
+    return all_rows
 
 
 def test_header(tools):
     titles = "IP RADDR            RPORT  LADDR            LPORT QLEN  QMAX  DROP\n"
     for method in METHODS:
         assert tools[method].out.read_text().startswith(titles)
+    assert tools["table"].out.read_text().startswith(f"TIME     TIME(s)   {titles}")
 
 
 def test_syns(tools, queues, new_rows):
     """Of 997 connects, each is a row, and a SYN that was repeated is one more."""
     knocked = Worker(b"client", knock_often, queues, 997).report()
-    found = new_rows()
-    for method in METHODS:
-        assert without_repeats(found[method]) == without_repeats(knocked)
-    (listening,) = {full.port for full in queues if full.target[0] == IPV6}
-    ipv6 = [row for row in found[best_method()] if row.startswith("6 ")]
-    assert [without_time(line) for line in found["json"]] == [
+    fexit, kprobe = new_rows()
+    assert fexit == kprobe and without_repeats(fexit) == without_repeats(knocked)
+    _, ipv6, mapped = (
+        [row for row in fexit if row.split()[4] == str(full.port)] for full in queues
+    )
+    table, lines = tools["table"], tools["json"]
+    until("the last rows", lambda: len(table.rows()) >= len(mapped))
+    assert [row.split(maxsplit=2)[2] for row in table.rows()] == mapped
+    until("the last lines", lambda: len(lines.rows()) >= len(ipv6))
+    assert [without_time(line) for line in lines.rows()] == [
         {
             "host": os.uname().nodename,
             "event": "accept_failed",
@@ -162,7 +166,7 @@ def test_syns(tools, queues, new_rows):
             "saddr": IPV6,
             "sport": int(row.split()[2]),
             "daddr": IPV6,
-            "dport": listening,
+            "dport": queues[1].port,
             "netns": os.stat("/proc/self/ns/net").st_ino,
             "qlen": BACKLOG + 1,
             "qmax": BACKLOG,
@@ -184,9 +188,7 @@ def test_last_acks(new_rows, family):
         rows = {full.row(client, "ack") for client in full.late}
         for client in full.late:  # a reset: nothing is repeated any more
             client.close()
-    found = new_rows()
-    for method in METHODS:
-        assert set(found[method]) == rows
+    assert [set(found) for found in new_rows()] == [rows] * 2
 
 
 @only_at_both_ends

@@ -88,6 +88,9 @@ FUNCTIONS = {  # and how many arguments they take
     "skb_consume_udp": 3,
     "inet_csk_accept": 4,
     "security_sock_graft": 2,
+    "tcp_conn_request": 4,
+    "tcp_v4_syn_recv_sock": 6,
+    "tcp_v6_syn_recv_sock": 7,
 }
 HELPER = "BPF_FUNC_get_current_task_btf"  # of enum bpf_func_id
 
@@ -341,6 +344,8 @@ FITS_WITH = {
     "tcpaccept": {
         "": ["inet_csk_accept", "security_sock_graft"],
         "-4 -q": ["inet_csk_accept", "security_sock_graft"],
+        "-x": ["tcp_conn_request", "tcp_v4_syn_recv_sock", "tcp_v6_syn_recv_sock"],
+        "-x -4": ["tcp_conn_request", "tcp_v4_syn_recv_sock"],
     },
 }
 
@@ -563,8 +568,11 @@ PARTS = {
     },
     "tcpaccept": {
         "BPF_HASH(flows,": {"fexit": "-c", "kprobe": "-c"},
-        "fill(struct": {"fexit": "- -q -U", "kprobe": "- -q -U"},
-        "event->qlen = ": {"fexit": "-q", "kprobe": "-q"},
+        "fill(struct": {"fexit": "- -q -x -U", "kprobe": "- -q -x -U"},
+        "event->qlen = ": {"fexit": "-q -x", "kprobe": "-q -x"},
+        "TRACE(tcp_conn_request,": {"fexit": "-x", "kprobe": "-x"},
+        "TRACE(tcp_v6_syn_recv_sock,": {"fexit": "-x", "kprobe": "-x"},
+        "int kprobe__##function(": {"fexit": "", "kprobe": "-x"},
         "event->uid = ": {"fexit": "-U", "kprobe": "-U"},
         "KRETFUNC_PROBE(inet_csk_accept,": {"fexit": "- -c -q -U", "kprobe": ""},
         "KFUNC_PROBE(security_sock_graft,": {"fexit": "- -c -q -U", "kprobe": ""},
@@ -573,7 +581,7 @@ PARTS = {
         'BPF_TABLE("lru_hash", u64, u64, listening,': {"fexit": "", "kprobe": "-q"},
     },
 }
-PARTS_OPTIONS = {"tcpconnect": "- -c -x -d -xd -U", "tcpaccept": "- -c -q -U"}
+PARTS_OPTIONS = {"tcpconnect": "- -c -x -d -xd -U", "tcpaccept": "- -c -q -x -U"}
 
 
 @pytest.mark.parametrize("method", ["fexit", "kprobe"])

@@ -8,10 +8,14 @@ from test_arguments import usage_error
 LINES = load("tests/guest/command_lines.py").LINES
 EVENTS = "--dns --queue --failed --latency --min-ms --buffer-pages"
 COUNT = "-c/--count cannot be combined with {other}"
-REFUSED = {
+BOTH = {
     "--ipv4": ("--ipv6", "argument {other}: not allowed with argument {one}"),
     **dict.fromkeys(("--count", "--interval", "--per-process"), (EVENTS, COUNT)),
 }
+PROCESS = "--pid --uid --name --cgroup --cgroupmap --mntnsmap --print-uid --unit"
+DROPS = "-p, -u, -n, --cgroup, --cgroupmap, --mntnsmap, -U or --unit"
+DROPS = "{one} cannot be combined with " + DROPS
+REFUSED = {"tcpconnect": BOTH, "tcpaccept": {**BOTH, "--failed": (PROCESS, DROPS)}}
 
 
 def traced_options(tool):
@@ -34,7 +38,7 @@ def refusals(tool):
     named = {names[-1]: "/".join(names) for names in traced_options(tool)}
     return {
         frozenset((one, other)): error.format(one=named[one], other=named[other])
-        for one, (others, error) in REFUSED.items()
+        for one, (others, error) in REFUSED[tool.NAME].items()
         for other in others.split()
         if other in named
     }
@@ -44,7 +48,8 @@ def test_no_pair_is_missing(name, tool):
     """A new option fails here until lines have it with all others, or it is refused."""
     names = long_names(tool)
     lines = [
-        [word for word in line.split() if word.startswith("-")] for line in LINES[name]
+        [word for word in line.split() if word.startswith("-")]
+        for line in LINES[name] + LINES.get(f"{name} -x", [])
     ]
     assert {word for line in lines for word in line} == set(names)
     together = [pairs(names[word] for word in line) for line in lines]
@@ -52,11 +57,16 @@ def test_no_pair_is_missing(name, tool):
     assert every - set.union(*together) == set(refusals(tool))
 
 
-def test_refused_pairs(name, tool, capfd):
+def test_refused_pairs(name, tool, capfd, monkeypatch, tmp_path):
     """One line names both."""
+    monkeypatch.setattr(tool, "cgroup_mounts", lambda: [tmp_path])
+    (tmp_path / "cgroup.controllers").touch()
     refused = refusals(tool)
-    assert len(refused) == {"tcpconnect": 16, "tcpaccept": 7}[name]
+    assert len(refused) == {"tcpconnect": 16, "tcpaccept": 18}[name]
     values = {"--buffer-pages": ["8"], "--interval": ["3"], "--min-ms": ["0"]}
+    values.update({"--pid": ["7"], "--uid": ["0"], "--name": ["sshd"]})
+    paths = ("--cgroup", "--cgroupmap", "--mntnsmap")
+    values.update({one: [str(tmp_path)] for one in paths})
     for pair, error in refused.items():
         words = [word for one in sorted(pair) for word in (one, *values.get(one, ()))]
         assert usage_error(tool, capfd, *words) == error

@@ -34,14 +34,15 @@ def packed(text):
 def event(tool, pid, comm, first, second, port, *own, ts=5_000_000_000, **fields):
     """An event from its bytes, which end in what repeats.
 
-    own: the error of a failed connect, or both lengths of the accept queue.
+    own: the error of a failed connect, or both lengths of the accept queue, and whether
+    a SYN was dropped.
     """
     ids = pid, pid + 1, fields.get("uid", 0), NETNS, CGROUP, comm.encode()
     ends = (6 if ":" in first else 4), packed(first), packed(second)
     if tool.NAME == "tcpconnect":
         own = ts, *(own or (0,))
     else:
-        own = own or (0, 0)
+        own = (*own, 0, 0, 0)[:3]
     values = ts, *own, fields.get("other_port", 0), port, ROW.pack(*ends, *ids)
     record = tool.event_struct(parse(tool))
     return record.unpack(record.pack(*values))
@@ -268,6 +269,24 @@ def test_queue():
         "7       a            4  192.0.2.1        192.0.2.2        80    0     4096\n"
         "7       a            4  192.0.2.1        192.0.2.2        80    -     -\n"
     )
+
+
+def test_dropped():
+    """No process: neither in the table nor in JSON."""
+    tool = load("tcpaccept")
+    ends = ("192.0.2.1", "192.0.2.2", 80)
+    events = [event(tool, 0, "", *ends, 4, 3, syn, other_port=4711) for syn in (1, 0)]
+    assert rows(tool, "-x -R -t", events, 5 * 10**9) == (
+        "TIME(s)   IP RADDR            RPORT  LADDR            LPORT QLEN  QMAX  DROP\n"
+        "0.000     4  192.0.2.1        4711   192.0.2.2        80    4     3     syn\n"
+        "0.000     4  192.0.2.1        4711   192.0.2.2        80    4     3     ack\n"
+    )
+    lines = map(json.loads, rows(tool, "-x --json", events).splitlines())
+    fields = "ts host event ip saddr sport daddr dport netns qlen qmax dropped"
+    for line, packet in zip(lines, ("syn", "ack")):
+        assert " ".join(line) == fields
+        assert (line["event"], line["netns"]) == ("accept_failed", NETNS)
+        assert (line["qlen"], line["qmax"], line["dropped"]) == (4, 3, packet)
 
 
 def test_lines_fit_80_columns(tool):
