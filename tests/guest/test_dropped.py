@@ -25,13 +25,14 @@ from conftest import (
     running,
     until,
 )
-from traffic import LINGER_0, MAPPED, listener, lost, waiting
+from traffic import LINGER_0, MAPPED, listener, lost, plain, waiting
 
 BACKLOG = 3
-FAMILIES = (  # of the listener and where it listens; of the client and whom it calls
-    (socket.AF_INET, IPV4, socket.AF_INET, IPV4),
-    (socket.AF_INET6, IPV6, socket.AF_INET6, IPV6),
-    (socket.AF_INET6, "::", socket.AF_INET6, MAPPED),
+CLIENT4, CLIENT6 = "127.0.0.1", "::1"
+FAMILIES = (  # where it listens, whom clients call, and from where
+    (socket.AF_INET, IPV4, IPV4, CLIENT4),
+    (socket.AF_INET6, IPV6, IPV6, CLIENT6),
+    (socket.AF_INET6, "::", MAPPED, f"::ffff:{CLIENT4}"),
 )
 
 
@@ -44,11 +45,12 @@ def overflows():
 class Full:
     """A listening socket whose accept queue is full, and whoever waits in it."""
 
-    def __init__(self, stack, family, address, client_family, target, deferred=0):
+    def __init__(self, stack, family, address, target, client, deferred=0):
         """deferred: of so many clients more the last ACK is still to come."""
         self.server = stack.enter_context(listener(family, address, BACKLOG + deferred))
+        self.family, self.client = family, client
         self.port = self.server.getsockname()[1]
-        self.family, self.target = client_family, (target, self.port)
+        self.target = target, self.port
         self.limit = BACKLOG + deferred
         self.late = []
         if deferred:  # accepted only once they have sent something
@@ -58,25 +60,32 @@ class Full:
             self.connect(stack).send(b".")
         until("a full queue", lambda: waiting(self.server) == self.limit + 1)
 
-    def connect(self, stack):
-        client = stack.enter_context(socket.socket(self.family))
+    def new_client(self):
+        client = socket.socket(self.family)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+        client.bind((self.client, 0))
+        return client
+
+    def connect(self, stack):
+        client = stack.enter_context(self.new_client())
         client.connect(self.target)
         return client
 
     def row(self, client, packet):
         """The row of a packet of this client's, with RPORT."""
-        ip, address = (6, IPV6) if self.target[0] == IPV6 else (4, IPV4)
-        port = client.getsockname()[1]
+        (address, port, *_), ip = (
+            client.getsockname(),
+            6 if self.client == CLIENT6 else 4,
+        )
         return (
-            f"{ip:<2} {address:<16} {port:<6} {address:<16} {self.port:<5} "
-            f"{self.limit + 1:<5} {self.limit:<5} {packet}"
+            f"{ip:<2} {plain(address):<16} {port:<6} {plain(self.target[0]):<16} "
+            f"{self.port:<5} {self.limit + 1:<5} {self.limit:<5} {packet}"
         )
 
 
 def knock(full, is_blocking):
     """Connect to where nobody gets in, and give up; the row of that."""
-    with socket.socket(full.family) as client:
+    with full.new_client() as client:
         client.setblocking(is_blocking)
         ms = struct.pack("=qq", 0, 1000)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, ms)
@@ -113,7 +122,7 @@ def tools(queues, tmp_path_factory):
     commands = {method: ("tcpaccept -x -R", method) for method in METHODS}
     ports = f"{queues[1].port},{queues[2].port}"
     for key, line in zip(("table", "json"), LINES["tcpaccept -x"]):
-        options = line.format(four=IPV4, six=IPV6, ports=ports)
+        options = line.format(four=CLIENT4, six=CLIENT6, ports=ports)
         commands[key] = (f"tcpaccept {options}", best_method())
     with running(tmp_path_factory, commands) as found:
         yield found
@@ -163,7 +172,7 @@ def test_syns(tools, queues, new_rows):
             "host": os.uname().nodename,
             "event": "accept_failed",
             "ip": 6,
-            "saddr": IPV6,
+            "saddr": CLIENT6,
             "sport": int(row.split()[2]),
             "daddr": IPV6,
             "dport": queues[1].port,
