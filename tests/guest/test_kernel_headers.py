@@ -23,12 +23,13 @@ def test_layout_from_kernel_headers(start):
         connects, accepts = run_mixed_traffic()
         refused = Worker(b"refused", connect_refused, IPV4)
         port = refused.report()
+        *others, dropping = tools
+        outcomes, queue = [tool.stop() for tool in others]
         dropped = [knock(full, False)]
-        outcomes, queue, drops = [tool.stop() for tool in tools]
         last = row(refused.pid, "refused", 4, IPV4, IPV4, port)
         wanted = [(line, "-") for line in connects] + [(last, "ECONNREFUSED")]
         shown = [line.rsplit(maxsplit=3)[:2] for line in outcomes]
         assert [tuple(one) for one in shown if one[1] != "ENETUNREACH"] == wanted
         assert [line.rsplit(maxsplit=2)[0] for line in queue] == accepts
         assert {line.split()[-1] for line in queue} == {"128"}
-        assert without_repeats(drops) == dropped
+        assert without_repeats(dropping.stop()) == dropped
