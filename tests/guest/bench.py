@@ -80,9 +80,11 @@ OUTCOMES = ("-x", "-l")
 # Both networks are looked at: the longer one first, and the address is in the other.
 WHOSE = {
     "-a, 2 networks": "-a 198.51.100.0/24,192.0.2.0/23",
+    "-P of a range": "-P 1-1023",
     "-n of another name": "-n nobody",
     "-c --per-process": "-c --per-process",
     "-c -i": "-c -i 86400",
+    "-c --json": "-c --json",
 }
 # RFC 1035: a standard query's response, www.example.com is 192.0.2.7.
 NAME = b"\3www\7example\3com\0"
