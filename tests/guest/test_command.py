@@ -168,12 +168,12 @@ def test_outcomes_and_json(command):
     """Of all that has ended before the command has."""
     words = python("connect(13)")
     lines = "tcpconnect -l -d -t -b 8", "tcpconnect --json --unit", "tcpaccept -q -R"
-    outcomes, events, queue = runs = [command(line, words) for line in lines]
+    runs = [command(line, words) for line in lines]
     (_, rows, err), *others = [run.finish() for run in runs]
     assert len(rows) == 14 and all(" - " in line for line in rows[1:])
     assert [line for line in messages(err) if "DNS" not in line] == []
     (status, lines, err), (_, rows, _) = others
-    path = f"/home/tcpconnect-{events.process.pid}"
+    path = f"/home/tcpconnect-{runs[1].process.pid}"
     assert len(lines) == 13 and len(rows) == 14
     assert all(f'"cgroup_path": "{path}"' in line for line in lines)
     assert (status, messages(err)) == (0, [])
