@@ -201,7 +201,7 @@ def test_usage_errors_of_the_command(name, no_bcc, arguments, environment, error
 
 def test_defaults(tool):
     args = vars(parse(tool))
-    assert args.pop("cgroup") == []
+    assert args.pop("cgroup") == args.pop("command") == []
     assert set(args.values()) == {None, False}
 
 
