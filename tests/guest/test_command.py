@@ -106,12 +106,14 @@ def command(cgroups):
         if run.process.poll() is None:
             run.process.kill()
             run.process.wait()
-    procs = cgroups / "home" / "cgroup.procs"
-    until_empty(procs)
-    assert [path for path in (cgroups / "home").iterdir() if path.is_dir()] == []
+    left = [path.name for path in (cgroups / "home").glob("tcp*")]
+    for procs in cgroups.glob("home/**/cgroup.procs"):
+        until_empty(procs)
+    assert left == []
 
 
 def until_empty(procs):
+    """Kill the processes of a cgroup."""
     for pid in procs.read_text().split():
         os.kill(int(pid), signal.SIGKILL)
     until("processes to end", lambda: procs.read_text() == "")
@@ -258,7 +260,7 @@ def test_reader_that_is_gone(command, tmp_path):
     until("the command", lambda: children(run.process.pid))
     run.process.stdout.close()
     assert run.process.wait(DEADLINE) == 0
-    line = run.process.stderr.read()
+    line = run.process.stderr.readline()
     assert re.fullmatch(r"tcpconnect: left running: PID \d+\n", line)
     ready.write_text("go on\n")
     until("its end", (tmp_path / "end").exists)
@@ -307,8 +309,8 @@ def test_where_it_cannot_be(command, cgroups):
     home = cgroups / "home"
     home.mkdir()
     what = "tcpconnect: error: cannot make a cgroup for the command: "
-    remount = f'mount -o remount,bind,ro {cgroups}; exec "$@"'
-    wrapper = ("unshare", "-m", "sh", "-c", remount, "sh")
+    remount = "findmnt -nro TARGET -t cgroup2 | xargs -n 1 mount -o remount,bind,ro"
+    wrapper = ("unshare", "-m", "sh", "-c", f'{remount}; exec "$@"', "sh")
     status, line = failure(command("tcpconnect", ["true"], wrapper=wrapper))
     assert status == 1 and line.startswith(f"{what}[Errno 30] Read-only file system")
     (home / "cgroup.max.depth").write_text("0")

@@ -677,6 +677,29 @@ def test_bcc_missing(name, no_bcc):
     )
 
 
+def test_command_that_cannot_be_run(name, no_bcc, tmp_path):
+    """As a shell has it, and before anything is loaded."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: permissions come first")
+    (tmp_path / "file").touch()
+    for word, why, status in (
+        ("no such\n", "not found", 127),
+        (str(tmp_path / "no"), "not found", 127),
+        (str(tmp_path / "file"), "not executable", 126),
+    ):
+        done = run(name, "-t", "--", word, "-t", env=no_bcc)
+        error = f"{name}: error: cannot run {word!r}: {why}\n"
+        assert (done.returncode, done.stdout, done.stderr) == (status, "", error)
+
+
+def test_command_without_cgroups(shared, monkeypatch, capfd):
+    monkeypatch.setattr(shared, "cgroup_mounts", list)
+    assert exits(capfd, shared.prepare_command, parse(shared, "--", "true")) == (
+        "cannot make a cgroup for the command: no cgroup v2 hierarchy is mounted: use "
+        "-p, -u or --mntnsmap"
+    )
+
+
 LOCKDOWN = "/sys/kernel/security/lockdown"
 NO_KPROBES = (
     "this kernel cannot trace: it has no kprobes and rejects fexit programs (it needs "
