@@ -16,13 +16,19 @@
 # Arguments: the command, the current word, the previous word. bash splits --pid=18 into
 # three words.
 _tcptools() {
-    local word=${2#=} option=$3 name pids=(/proc/[0-9]*)
+    local word=${2#=} option=$3 name at pids=(/proc/[0-9]*)
     local before=${word%"${word##*,}"} last=${word##*,} # of a list
     local options="-h --help -V --version -t --timestamp -p --pid -P --port -4 --ipv4
         -6 --ipv6 -a --addr -u --uid -n --name --cgroup --cgroupmap --mntnsmap -T --time
         -U --print-uid --unit --json -c --count -i --interval --per-process
         -b --buffer-pages"
     local pages="1 2 4 8 16 32 64 128 256 512 1024 2048 4096 8192 16384"
+    for ((at = 1; at < COMP_CWORD; at++)); do
+        if [[ ${COMP_WORDS[at]} == -- ]]; then
+            _tcptools_command "$2"
+            return
+        fi
+    done
     case ${1##*/} in
     tcpconnect) options+=" -x --failed -m --min-ms -L --lport -l --latency -d --dns" ;;
     tcpaccept) options+=" -x --failed -R --rport -q --queue" ;;
@@ -63,6 +69,18 @@ _tcptools() {
     *) set -- -W "$options" -- "$word" ;;
     esac
     mapfile -t COMPREPLY < <(compgen "$@")
+}
+
+# Behind --: a command, and what it is completed with, or without that package its name
+# and files. Argument: the current word. The caller has, in at, which word -- is.
+_tcptools_command() {
+    if declare -F _command_offset >/dev/null; then
+        _command_offset $((at + 1))
+    elif ((at + 1 == COMP_CWORD)); then
+        mapfile -t COMPREPLY < <(compgen -c -- "$1")
+    else
+        compopt -o default
+    fi
 }
 
 complete -F _tcptools tcpconnect tcpaccept

@@ -51,8 +51,8 @@ def load(name):
 
 
 def option_names(tool):
-    """All options in the help, each as a list of its names: -p, --pid."""
-    lines = re.findall(r"^  (-.+?)(?:  |$)", help_of(tool), re.MULTILINE)
+    """All options in the help, each as a list of its names: -p, --pid. Not --."""
+    lines = re.findall(r"^  (-.?\w.*?)(?:  |$)", help_of(tool), re.MULTILINE)
     return [re.findall(r"(?<!\S)--?\w[\w-]*", line) for line in lines]
 
 

@@ -201,7 +201,7 @@ def test_usage_errors_of_the_command(name, no_bcc, arguments, environment, error
 
 def test_defaults(tool):
     args = vars(parse(tool))
-    assert args.pop("cgroup") == []
+    assert args.pop("cgroup") == args.pop("command") == []
     assert set(args.values()) == {None, False}
 
 
@@ -674,6 +674,29 @@ def test_bcc_missing(name, no_bcc):
     assert done.stderr == (
         f"{name}: error: cannot load bcc (bcc was imported): install python3-bpfcc "
         "(Debian, Ubuntu), python3-bcc (Fedora, RHEL, openSUSE) or python-bcc (Arch)\n"
+    )
+
+
+def test_command_that_cannot_be_run(name, no_bcc, tmp_path):
+    """As a shell has it, and before anything is loaded."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: permissions come first")
+    (tmp_path / "file").touch()
+    for word, why, status in (
+        ("no such\n", "not found", 127),
+        (str(tmp_path / "no"), "not found", 127),
+        (str(tmp_path / "file"), "not executable", 126),
+    ):
+        done = run(name, "-t", "--", word, "-t", env=no_bcc)
+        error = f"{name}: error: cannot run {word!r}: {why}\n"
+        assert (done.returncode, done.stdout, done.stderr) == (status, "", error)
+
+
+def test_command_without_cgroups(shared, monkeypatch, capfd):
+    monkeypatch.setattr(shared, "cgroup_mounts", list)
+    assert exits(capfd, shared.prepare_command, parse(shared, "--", "true")) == (
+        "cannot make a cgroup for the command: no cgroup v2 hierarchy is mounted: use "
+        "-p, -u or --mntnsmap"
     )
 
 

@@ -179,6 +179,16 @@ def test_names(shell):
     assert not (shell.home / "ran").exists()
 
 
+def test_the_command(shell):
+    """Its name, and what it is completed with. bash alone knows files."""
+    (shell.home / "a-file").touch()
+    for line in ("tcpconnect --", "tcpaccept -t -p 1 --"):
+        assert shell.offers(f"{line} tcpacc") == ["tcpaccept"]
+        assert shell.offers(f"{line} cat a-f") == ["a-file"]
+        if shell.setup != "bash":
+            assert shell.offers(f"{line} tcpaccept -b 1638") == ["16384"]
+
+
 def test_numbers(shell):
     """Of pages, powers of two; of a port, none."""
     powers = sorted(str(1 << n) for n in range(15))

@@ -2,7 +2,7 @@
 
 import itertools
 
-from conftest import load, option_names
+from conftest import load, option_names, parse
 from test_arguments import usage_error
 
 LINES = load("tests/guest/command_lines.py").LINES
@@ -70,3 +70,24 @@ def test_refused_pairs(name, tool, capfd, monkeypatch, tmp_path):
     for pair, error in refused.items():
         words = [word for one in sorted(pair) for word in (one, *values.get(one, ()))]
         assert usage_error(tool, capfd, *words) == error
+
+
+VALUES = {"-p": "1", "-P": "80", "-a": "192.0.2.1", "-u": "0", "-n": "it", "-b": "8"}
+VALUES.update({"-m": "0", "-i": "7", "--cgroupmap": "/", "--mntnsmap": "/"})
+
+
+def test_the_command_and_options(name, tool, capfd):
+    """Each but --cgroup; what a full queue drops is no process's. All behind the first
+    -- is the command's.
+    """
+    words = ["true", "-p", "--", "--cgroup", "x"]
+    refused = ["--unit", "--cgroup", *["-x"] * (name == "tcpaccept")]
+    for one, *_ in traced_options(tool):
+        option = [one, VALUES[one]] if one in VALUES else [one]
+        if one not in refused:
+            assert parse(tool, *option, "--", *words).command == words
+    error = "argument --: expected a command, and no --cgroup"
+    assert usage_error(tool, capfd, "--cgroup", "/", "--", *words) == error
+    assert usage_error(tool, capfd, "-t", "--") == error
+    if name == "tcpaccept":
+        assert usage_error(tool, capfd, "-x", "--", *words).endswith("--unit or --")
