@@ -623,11 +623,13 @@ UID = "u32 x = bpf_get_current_uid_gid()"
     ("options", "expressions"),
     [
         ("", []),
-        ("-p 1,2", [f"({{ {PID}; x == 1u || x == 2u; }})"]),
-        ("-u 0", [f"({{ {UID}; x == 0u; }})"]),
-        ("-n a -u 7", [f"({{ {UID}; x == 7u; }}) && has_name()"]),
+        ("-p 1,2", [f"({{ {PID}; (x == 1u || x == 2u) && !(0); }})"]),
+        ("-u 0", [f"({{ {UID}; (x == 0u) && !(0); }})"]),
+        ("-n a -u 7", [f"({{ {UID}; (x == 7u) && !(0); }}) && has_name()"]),
+        ("-n !a -p !1", [f"({{ {PID}; (1) && !(x == 1u); }}) && !has_name()"]),
         ("-4", ["ip == 4"]),
-        ("-6 -P 80", ["ip == 6 && ({ u32 x = port; x == 80u; })"]),
+        ("-P 5-9,!7", ["({ u32 x = port; (x - 5u <= 4u) && !(x == 7u); })"]),
+        ("-6 -P 80", ["ip == 6 && ({ u32 x = port; (x == 80u) && !(0); })"]),
     ],
 )
 def test_filters(shared, options, expressions):
