@@ -13,7 +13,7 @@ BOTH = {
     **dict.fromkeys(("--count", "--interval", "--per-process"), (EVENTS, COUNT)),
 }
 PROCESS = "--pid --uid --name --cgroup --cgroupmap --mntnsmap --print-uid --unit"
-DROPS = "-p, -u, -n, --cgroup, --cgroupmap, --mntnsmap, -U or --unit"
+DROPS = "-p, -u, -n, --cgroup, --cgroupmap, --mntnsmap, -U, --unit or --"
 DROPS = "{one} cannot be combined with " + DROPS
 REFUSED = {"tcpconnect": BOTH, "tcpaccept": {**BOTH, "--failed": (PROCESS, DROPS)}}
 
@@ -70,6 +70,9 @@ def test_refused_pairs(name, tool, capfd, monkeypatch, tmp_path):
     for pair, error in refused.items():
         words = [word for one in sorted(pair) for word in (one, *values.get(one, ()))]
         assert usage_error(tool, capfd, *words) == error
+    if name == "tcpaccept":
+        error = DROPS.format(one="-x/--failed")
+        assert usage_error(tool, capfd, "-x", "--", "true") == error
 
 
 VALUES = {"-p": "1", "-P": "80", "-a": "192.0.2.1", "-u": "0", "-n": "it", "-b": "8"}
