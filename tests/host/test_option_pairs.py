@@ -13,7 +13,7 @@ BOTH = {
     **dict.fromkeys(("--count", "--interval", "--per-process"), (EVENTS, COUNT)),
 }
 PROCESS = "--pid --uid --name --cgroup --cgroupmap --mntnsmap --print-uid --unit"
-DROPS = "-p, -u, -n, --cgroup, --cgroupmap, --mntnsmap, -U or --unit"
+DROPS = "-p, -u, -n, --cgroup, --cgroupmap, --mntnsmap, -U, --unit or --"
 DROPS = "{one} cannot be combined with " + DROPS
 REFUSED = {"tcpconnect": BOTH, "tcpaccept": {**BOTH, "--failed": (PROCESS, DROPS)}}
 
