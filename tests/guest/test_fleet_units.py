@@ -11,13 +11,14 @@ import threading
 
 import pytest
 from conftest import DEADLINE, TOP, only_on, until
-from traffic import connect_refused, run_mixed_traffic
+from traffic import connect_refused, connect_to_itself, run_mixed_traffic
 
 SHIPPER = "ship-tcptools"
 EVENTS = ("tcptools-connect", "tcptools-accept")
 COUNTS = ("tcptools-connects", "tcptools-accepts")
 PARANOID = pathlib.Path("/proc/sys/kernel/perf_event_paranoid")
 CAP_DAC_READ_SEARCH, CAP_PERFMON, CAP_BPF = 2, 38, 39
+OFTEN = 37
 IMMEDIATE = 10  # failures, in the noise of mixed traffic
 PROBE = """\
 [Service]
@@ -158,6 +159,13 @@ class Unit:
         return dict(line.split(":\t", 1) for line in text.splitlines())
 
 
+def running(run):
+    """The units of the package that are."""
+    units = "--plain", "--no-legend", "tcptools-*.service", f"{SHIPPER}.service"
+    lines = run("systemctl", "list-units", "--state=active", *units).splitlines()
+    return sorted(line.partition(".service")[0] for line in lines)
+
+
 def columns(rows):
     """Of objects: what a table has of them."""
     keys = ("pid", "comm", "ip", "saddr", "daddr", "dport")
@@ -188,7 +196,7 @@ def check_rows(connecting, accepting):
 @pytest.mark.usefixtures("package")
 def test_units():
     """They trace, as nobody with three capabilities; their rows are in a journal; and a
-    killed one comes back.
+    killed one comes back. So do counts, and what counts stops what does not.
     """
     with systemd() as run:
         units = [Unit(run, name) for name in EVENTS]
@@ -214,7 +222,20 @@ def test_units():
 
         run("kill", "-9", connecting.pid())
         connecting.wait_for_start(2)
-        run("systemctl", "stop", *EVENTS)
+
+        # Those that count write the interval that has begun when they stop
+        counting = Unit(run, COUNTS[0])
+        run("systemctl", "start", counting.name)
+        assert running(run) == [counting.name]
+        counting.wait_for_start(1)
+        port = connect_to_itself(OFTEN)
+        run("systemctl", "stop", counting.name)
+
+        def counted():
+            rows = [row for row in counting.rows() if row["event"] == "connects"]
+            return sum(row["count"] for row in rows if row["dport"] == port)
+
+        until(f"{OFTEN} connects", lambda: counted() == OFTEN)
         assert run("systemctl", "list-units", "--failed", "--no-legend") == ""
 
 
@@ -245,13 +266,6 @@ def stub_rows(*commands):
         for command in commands
         for n in range(1, 16)
     }
-
-
-def running(run):
-    """The units of the package that are."""
-    units = "--plain", "--no-legend", "tcptools-*.service", f"{SHIPPER}.service"
-    lines = run("systemctl", "list-units", "--state=active", *units).splitlines()
-    return sorted(line.partition(".service")[0] for line in lines)
 
 
 @only_on("bullseye", "trixie")
