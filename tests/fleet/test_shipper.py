@@ -3,11 +3,11 @@ is away for a while.
 """
 
 import contextlib
-import functools
 import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,9 +19,9 @@ from .events import FLEET, text
 from .test_cluster import ALL, ask_all, expected, traffic
 
 JOURNALD = "/lib/systemd/systemd-journald"
+YEAR = 366 * 86_400_000_000  # µs
 DEADLINE = 300  # seconds until what does not come is held to be missing
-WRITES = 5  # of the same lines, until journald has all and knows whose they are
-SHOWN = 60  # seconds until they are written again
+UNITS = ("connect", "connects", "accept", "accepts")
 
 # journald for one namespace, with a /run and a /var/log of its own. It has a cgroup
 # namespace, too, where the tests' cgroup is the root: of processes in the root journald
@@ -38,10 +38,10 @@ exec {JOURNALD} tcptools
 """
 
 
-def until(there_is, what, seconds=DEADLINE):
-    deadline = time.monotonic() + seconds
+def until(there_is, what):
+    deadline = time.monotonic() + DEADLINE
     while not (found := there_is()):
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        assert time.monotonic() < deadline, f"waited {DEADLINE} s for {what}"
         time.sleep(0.2)
     return found
 
@@ -49,13 +49,20 @@ def until(there_is, what, seconds=DEADLINE):
 # As systemd connects a unit's stdout: a header, then what the process writes. journald
 # looks a process's unit up once, so each unit needs a process of its own, and when it
 # reads a line: of a process that has exited by then it does not know the unit.
+#
+# The kernel adds the sender's PID to what is sent before journald accepts the
+# connection, and after it has set SO_PASSCRED. What is sent between the two, journald
+# stores without PID and unit. So the PID is sent explicitly.
 WRITE = """
-import signal, socket, sys
+import os, signal, socket, struct, sys
 path, unit = sys.argv[1:]
+whose = struct.pack("3i", os.getpid(), os.getuid(), os.getgid())
+credentials = [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, whose)]
+header = f"{unit}\\n{unit}.service\\n6\\n0\\n0\\n0\\n0\\n"
+text = header.encode() + sys.stdin.buffer.read()
 with socket.socket(socket.AF_UNIX) as stdout:
     stdout.connect(path)
-    stdout.sendall(f"{unit}\\n{unit}.service\\n6\\n0\\n0\\n0\\n0\\n".encode())
-    stdout.sendall(sys.stdin.buffer.read())
+    assert stdout.sendmsg([text], credentials) == len(text)
     print("sent", flush=True)
     signal.pause()
 """
@@ -71,20 +78,7 @@ class Journal:
         )
 
     def write(self, unit, lines):
-        """Lines (bytes) of a unit. The shipper asks by unit: where journald has not
-        found that out, or has not all of them, they are written again.
-        """
-        for _ in range(WRITES):
-            try:
-                units = self.written(unit, lines)
-            except AssertionError as missing:
-                units = missing
-            if units == {f"{unit}.service"}:
-                return
-        raise AssertionError(f"journald does not have them as {unit}'s: {units}")
-
-    def written(self, unit, lines):
-        """Which units the lines are of, as journald says."""
+        """Lines (bytes) of a unit, until journald has stored them as that."""
         with subprocess.Popen(
             [sys.executable, "-c", WRITE, self.socket, unit],
             stdin=subprocess.PIPE,
@@ -94,21 +88,25 @@ class Journal:
                 writer.stdin.write(lines)
                 writer.stdin.close()
                 assert writer.stdout.readline() == b"sent\n"
-                count = lines.count(b"\n")
-                found = functools.partial(self.entries, writer.pid, count)
-                return until(found, f"{count} lines of {unit} in the journal", SHOWN)
+                wanted = [f"{unit}.service"] * lines.count(b"\n")
+                until(lambda: self.units_of(writer.pid) == wanted, f"lines of {unit}")
             finally:
                 writer.kill()
 
-    def entries(self, pid, count):
-        """The units of a process's entries, once there are so many."""
-        command = [*self.enter, "journalctl", "--namespace=tcptools", "--output=json"]
-        done = subprocess.run(
-            [*command, f"_PID={pid}"], stdout=subprocess.PIPE, check=True
-        )
-        found = [json.loads(line) for line in done.stdout.splitlines()]
-        if len(found) >= count:
-            return {entry.get("_SYSTEMD_UNIT") for entry in found}
+    def units_of(self, pid):
+        """The unit of each of a process's entries."""
+        found = self.ctl("--output=json", f"_PID={pid}").splitlines()
+        return [json.loads(line).get("_SYSTEMD_UNIT") for line in found]
+
+    def ctl(self, *options):
+        """What journalctl prints."""
+        command = [*self.enter, "journalctl", "--namespace=tcptools", *options]
+        return subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+
+    def forget(self):
+        """All rows are gone."""
+        self.ctl("--rotate")
+        self.ctl("--vacuum-files=1")
 
 
 @pytest.fixture
@@ -141,8 +139,7 @@ class Shipper:
         credentials.mkdir()
         self.cursor, self.log = state / "cursor", directory / "log"
         self.config = credentials / "clickhouse"
-        text = (FLEET / "ship-tcptools.conf").read_text()
-        self.config.write_text(text.replace("https://clickhouse.example.com:8443", url))
+        self.config.write_text(f'url = "{url}"\nuser = "tcptools:PASSWORD"\n')
         self.command = [*journal.enter, FLEET / "ship-tcptools", "0.1", "100"]
         self.environment = {
             **os.environ,
@@ -154,12 +151,21 @@ class Shipper:
     def start(self):
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, stderr=log, env=self.environment
+                self.command, stderr=log, env=self.environment, start_new_session=True
             )
 
     def stop(self):
-        self.process.kill()
+        """With what it runs, as systemd does: no wc complains of a pipe."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def sent(self):
+        """The cursor of the row that it sent last, if any."""
+        return self.cursor.read_text() if self.cursor.exists() else ""
+
+    def said(self):
+        return self.log.read_text().splitlines()
 
     def set_password(self, old, new):
         text = self.config.read_text()
@@ -207,8 +213,8 @@ def times(server):
 
 def write(journal, events):
     """The tools' lines, with messages between them, and a tool that was killed."""
-    for n, unit in enumerate(("connect", "failed", "accept")):
-        lines = text(events[n::3])
+    for n, unit in enumerate(UNITS):
+        lines = text(events[n :: len(UNITS)])
         message = f"tcp{unit}: lost 5 events\n".encode()
         journal.write(f"tcptools-{unit}", message + lines + lines[:99])
     other_host = text(events).replace(b'"host": "h', b'"host": "other')
@@ -263,3 +269,67 @@ def test_nothing_is_lost(journal, server, shipper, database):
     shipper.run_until(lambda: inserted(server) >= again, "all rows once more")
     assert has(len(events))[0]()
     assert ask_all(server, *ALL) == expected(database, events, *ALL)
+
+
+@pytest.fixture
+def shipping(server, shipper):
+    """A shipper that does not run yet, to a server that has the table."""
+    shipper.stop()
+    server.query("CREATE DATABASE fleet")
+    server.run((FLEET / "schema.sql").read_text(), database="fleet")
+    shipper.set_password("PASSWORD", "secret")
+    return shipper
+
+
+def ships(journal, server, shipper, events, *more):
+    """Events, and other lines among them: the shipper sends the events, and stops."""
+    before, cursor = times(server), shipper.sent()
+    wanted = sorted([*before, *(event["ts"] for event in events)])
+    middle = len(events) // 2
+    lines = [text(events[:middle]), *more, text(events[middle:])]
+    journal.write("tcptools-accept", b"".join(lines))
+    shipper.start()
+    shipper.run_until(lambda: shipper.sent() not in (cursor, ""), "a cursor")
+    shipper.stop()
+    assert times(server) == wanted
+
+
+def test_lines_that_are_no_rows(journal, server, shipping):
+    """Others in the same insert are stored, and the reason is printed, once."""
+    lines = b'{"ts": "noon"}\n', b'{"event": "accept, "host": "h1"}\n'
+    ships(journal, server, shipping, list(traffic(20)), *lines)
+    [said] = shipping.said()
+    assert said.startswith("ClickHouse stored all but rows like this: Code: ")
+
+
+def test_many_lines_that_are_no_rows(journal, shipping):
+    """Not a stray one, but tools and a table that do not fit: they wait."""
+    journal.write("tcptools-accept", 11 * b'{"ts": "noon"}\n')
+    shipping.start()
+    shipping.run_until_it_says("ClickHouse answered 400: Code: ")
+    assert shipping.sent() == ""
+
+
+GONE = "the row sent last is not in the journal: sending all that is there"
+
+
+def test_rows_of_the_journal_are_gone(journal, server, shipping):
+    """With the one that was sent last: the first of what is new is not skipped."""
+    events = list(traffic(40))
+    ships(journal, server, shipping, events[:20])
+    journal.forget()
+    ships(journal, server, shipping, events[20:])
+    assert shipping.said() == [GONE]
+
+
+def test_the_cursor_is_in_the_future(journal, server, shipping):
+    """And of another journal, as after one was deleted and the clock was set back."""
+    events = list(traffic(40))
+    ships(journal, server, shipping, events[:20])
+    fields = dict(field.split("=") for field in shipping.sent().split(";"))
+    for name in "sb":
+        fields[name] = fields[name][::-1]
+    fields["t"] = f"{int(fields['t'], 16) + YEAR:x}"
+    shipping.cursor.write_text(";".join(map("=".join, fields.items())))
+    ships(journal, server, shipping, events[20:])
+    assert shipping.said() == [GONE]

@@ -11,14 +11,14 @@ import threading
 
 import pytest
 from conftest import DEADLINE, TOP, only_on, until
-from traffic import connect_refused, run_mixed_traffic
+from traffic import connect_refused, connect_to_itself, run_mixed_traffic
 
-FLEET = TOP / "examples/fleet"
 SHIPPER = "ship-tcptools"
-COMMON = "tcptools-.service.d"
-UNITS = ("tcptools-connect", "tcptools-failed", "tcptools-accept")
+EVENTS = ("tcptools-connect", "tcptools-accept")
+COUNTS = ("tcptools-connects", "tcptools-accepts")
 PARANOID = pathlib.Path("/proc/sys/kernel/perf_event_paranoid")
 CAP_DAC_READ_SEARCH, CAP_PERFMON, CAP_BPF = 2, 38, 39
+OFTEN = 37
 IMMEDIATE = 10  # failures, in the noise of mixed traffic
 PROBE = """\
 [Service]
@@ -27,24 +27,18 @@ ExecStart=/bin/bash -c 'while sleep 1; do true </dev/tcp/127.0.0.1/9; done'
 
 
 @pytest.fixture
-def installed():
-    """The tools and the units, as the README there says, and an empty journal."""
+def package():
+    """Installed where only root may trace, and nothing has used the journal yet."""
     before = PARANOID.read_text()
-    for file in (TOP / "tcpconnect", TOP / "tcpaccept", FLEET / SHIPPER):
-        shutil.copy(file, "/usr/local/sbin")
-    units = pathlib.Path("/etc/systemd/system")
-    for unit in (*UNITS, SHIPPER):
-        shutil.copy(FLEET / f"{unit}.service", units)
-    shutil.copytree(FLEET / COMMON, units / COMMON, dirs_exist_ok=True)
-    (units / "probe.service").write_text(PROBE)
-    shutil.copy(FLEET / "journald@tcptools.conf", "/etc/systemd")
-    settings = shutil.copy(FLEET / "tcptools-sysctl.conf", "/etc/sysctl.d")
-    subprocess.run(["sysctl", "--quiet", f"--load={settings}"], check=True)
+    PARANOID.write_text("3")
+    build = [TOP / ".packaging/deb", "/var/tmp"]  # that systemd has another /tmp
+    done = subprocess.run(build, stdout=subprocess.PIPE, text=True, check=True)
+    package = done.stdout.strip()
+    subprocess.run(["dpkg", "--install", package], check=True)
+    pathlib.Path("/etc/systemd/system/probe.service").write_text(PROBE)
     shutil.rmtree("/var/log/journal", ignore_errors=True)
-    pathlib.Path("/var/log/journal").mkdir()
-    command = ["systemd-tmpfiles", "--create", "--prefix=/var/log/journal"]
-    subprocess.run(command, check=True)
-    yield
+    yield package
+    subprocess.run(["dpkg", "--purge", "tcptools"], check=True)
     PARANOID.write_text(before)
 
 
@@ -165,23 +159,33 @@ class Unit:
         return dict(line.split(":\t", 1) for line in text.splitlines())
 
 
+def running(run):
+    """The units of the package that are."""
+    units = "--plain", "--no-legend", "tcptools-*.service", f"{SHIPPER}.service"
+    lines = run("systemctl", "list-units", "--state=active", *units).splitlines()
+    return sorted(line.partition(".service")[0] for line in lines)
+
+
 def columns(rows):
     """Of objects: what a table has of them."""
     keys = ("pid", "comm", "ip", "saddr", "daddr", "dport")
     return [[str(row[key]) for key in keys] for row in rows]
 
 
-def check_rows(connecting, failing, accepting):
+def check_rows(connecting, accepting):
     """Of traffic that is known."""
     connects, accepts = run_mixed_traffic()
     port = connect_refused("127.0.0.1")
-    *connected, _ = connecting.wait_for_rows(len(connects) + 1)
+    rows = connecting.wait_for_rows(len(connects) + IMMEDIATE + 1)
+    assert all(row["latency_us"] >= 0 for row in rows)
+    connected = [row for row in rows if row["event"] == "connected"]
     assert columns(connected) == [row.split() for row in connects]
     accepted = accepting.wait_for_rows(len(accepts))
     assert columns(accepted) == [row.split() for row in accepts]
     *immediate, later = [
         (row["event"], row["comm"], row["dport"], row["error"])
-        for row in failing.wait_for_rows(IMMEDIATE + 1)
+        for row in rows
+        if row not in connected
     ]
     assert immediate == [("connect_failed", "noise", 9, "ENETUNREACH")] * IMMEDIATE
     assert later == ("connect_failed", "python3", port, "ECONNREFUSED")
@@ -189,16 +193,16 @@ def check_rows(connecting, failing, accepting):
 
 @only_on("sid")
 @pytest.mark.timeout(3 * DEADLINE)
-@pytest.mark.usefixtures("installed")
+@pytest.mark.usefixtures("package")
 def test_units():
     """They trace, as nobody with three capabilities; their rows are in a journal; and a
-    killed one comes back.
+    killed one comes back. So do counts, and what counts stops what does not.
     """
     with systemd() as run:
-        units = [Unit(run, name) for name in UNITS]
+        units = [Unit(run, name) for name in EVENTS]
         # Which prints when tracing is on
         run("systemctl", "set-environment", "TCPTOOLS_DEBUG=1")
-        run("systemctl", "start", *UNITS)
+        run("systemctl", "enable", "--now", *EVENTS)
         for unit in units:
             unit.wait_for_start(1)
             status = unit.status()
@@ -218,7 +222,20 @@ def test_units():
 
         run("kill", "-9", connecting.pid())
         connecting.wait_for_start(2)
-        run("systemctl", "stop", *UNITS)
+
+        # Those that count write the interval that has begun when they stop
+        counting = Unit(run, COUNTS[0])
+        run("systemctl", "start", counting.name)
+        assert running(run) == [counting.name]
+        counting.wait_for_start(1)
+        port = connect_to_itself(OFTEN)
+        run("systemctl", "stop", counting.name)
+
+        def counted():
+            rows = [row for row in counting.rows() if row["event"] == "connects"]
+            return sum(row["count"] for row in rows if row["dport"] == port)
+
+        until(f"{OFTEN} connects", lambda: counted() == OFTEN)
         assert run("systemctl", "list-units", "--failed", "--no-legend") == ""
 
 
@@ -230,45 +247,63 @@ exec sleep infinity
 """
 
 
-def install_shipper(url):
+def set_up_shipper(url):
     """As the README says, but with small inserts, so that there are some, and with all
     of the CPU, which is slow enough here.
     """
     config = pathlib.Path("/etc/ship-tcptools.conf")
-    text = (FLEET / config.name).read_text()
-    config.write_text(text.replace("https://clickhouse.example.com:8443", url))
+    config.write_text(f'url = "{url}"\nuser = "tcptools:PASSWORD"\n')
     config.chmod(0o600)
     changes = pathlib.Path(f"/etc/systemd/system/{SHIPPER}.service.d/test.conf")
     changes.parent.mkdir(exist_ok=True)
-    start = f"ExecStart=\nExecStart=/usr/local/sbin/{SHIPPER} 1 20\n"
+    start = f"ExecStart=\nExecStart=/usr/lib/tcptools/{SHIPPER} 1 20\n"
     changes.write_text(f"[Service]\n{start}RestartSec=1\nCPUQuota=\n")
 
 
-@only_on("bullseye", "trixie")
-@pytest.mark.usefixtures("installed")
-def test_shipper():
-    """The rows of the units' journal arrive, each once, after inserts were refused."""
-    for name in ("tcpconnect", "tcpaccept"):
-        pathlib.Path("/usr/local/sbin", name).write_text(STUB)
-    rows = {
-        f'{{"row": "/usr/local/sbin/{command} {n}"}}'
-        for command in ("tcpconnect --json", "tcpconnect -x --json", "tcpaccept --json")
+def stub_rows(*commands):
+    return {
+        f'{{"row": "/usr/bin/{command} --json {n}"}}'
+        for command in commands
         for n in range(1, 16)
     }
+
+
+@only_on("bullseye", "trixie")
+def test_shipper(package):
+    """The rows of the units' journal arrive, each once, after inserts were refused.
+    Those that count and those that do not exclude each other.
+    """
+    for name in ("tcpconnect", "tcpaccept"):
+        pathlib.Path("/usr/bin", name).write_text(STUB)
+    events = stub_rows("tcpconnect -l", "tcpaccept")
+    counts = stub_rows("tcpconnect -c -i 60", "tcpaccept -c -i 60")
 
     def sent():
         texts = [one.partition("FORMAT JSONEachRow\n")[2] for one in Database.inserts]
         return "".join(texts).splitlines()
 
-    with database() as port:
-        install_shipper(f"http://127.0.0.1:{port}")
-        with systemd() as run:
-            run("systemctl", "start", *UNITS, SHIPPER)
-            until("all rows", lambda: len(sent()) >= len(rows))
-            said = run("journalctl", "--output=cat", f"--unit={SHIPPER}")
-            run("systemctl", "stop", SHIPPER)
-    assert set(sent()) == rows
-    assert len(sent()) == len(rows)
-    for status in (404, 503):
-        assert f"ClickHouse answered {status}: Code: 81. DB::Exception" in said
-    assert Database.logins == {"Basic dGNwdG9vbHM6UEFTU1dPUkQ="}  # tcptools:PASSWORD
+    def wait_for(rows):
+        until(f"{len(rows)} rows", lambda: len(sent()) >= len(rows))
+        assert sorted(sent()) == sorted(rows)
+
+    with database() as port, systemd() as run:
+        set_up_shipper(f"http://127.0.0.1:{port}")
+        run("systemctl", "enable", "--now", *EVENTS, SHIPPER)
+        wait_for(events)
+        said = run("journalctl", "--output=cat", f"--unit={SHIPPER}")
+        for status in (404, 503):
+            assert f"ClickHouse answered {status}: Code: 81. DB::Exception" in said
+        assert Database.logins == {"Basic dGNwdG9vbHM6UEFTU1dPUkQ="}
+
+        run("systemctl", "start", *COUNTS)
+        wait_for(events | counts)
+        assert running(run) == sorted((*COUNTS, SHIPPER))
+        run("systemctl", "start", *EVENTS)
+        assert running(run) == sorted((*EVENTS, SHIPPER))
+
+        shipper = Unit(run, SHIPPER)
+        before = shipper.pid()
+        run("dpkg", "--install", package)
+        assert shipper.pid() not in ("0", before)
+        run("dpkg", "--remove", "tcptools")
+        assert running(run) == []

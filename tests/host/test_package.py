@@ -3,6 +3,7 @@
 import gzip
 import os
 import pathlib
+import re
 import subprocess
 
 import pytest
@@ -11,6 +12,13 @@ from conftest import TOP, load
 SHARE = "usr/share"
 DOC, COMPLETIONS = f"{SHARE}/doc/tcptools", f"{SHARE}/bash-completion/completions"
 LINK = f"{COMPLETIONS}/tcpaccept"
+FLEET, UNITS = "examples/fleet", "usr/lib/systemd"
+KINDS = ("accept", "accepts", "connect", "connects")
+COMMON, SHIPPER = "tcptools-.service.d/common.conf", "usr/lib/tcptools/ship-tcptools"
+JOURNAL = f"{UNITS}/journald@tcptools.conf.d/tcptools.conf"
+NAMES = ("ship-tcptools", *(f"tcptools-{kind}" for kind in KINDS))
+SERVICES = [f"{name}.service" for name in NAMES]
+SCRIPTS = {"DEBIAN/postinst", "DEBIAN/prerm"}
 # Where each file comes from
 FILES = {
     "usr/bin/tcpaccept": "tcpaccept",
@@ -23,6 +31,10 @@ FILES = {
     f"{DOC}/tcpconnect_example.txt": "examples/tcpconnect_example.txt",
     f"{SHARE}/man/man8/tcpaccept.8.gz": "man/man8/tcpaccept.8",
     f"{SHARE}/man/man8/tcpconnect.8.gz": "man/man8/tcpconnect.8",
+    JOURNAL: f"{FLEET}/journald@tcptools.conf",
+    f"{UNITS}/system/{COMMON}": f"{FLEET}/{COMMON}",
+    SHIPPER: f"{FLEET}/ship-tcptools",
+    **{f"{UNITS}/system/{name}": f"{FLEET}/{name}" for name in SERVICES},
     f"{SHARE}/zsh/vendor-completions/_tcptools": "examples/_tcptools",
 }
 
@@ -67,7 +79,7 @@ def test_files(unpacked):
     installed = {*FILES, f"{DOC}/copyright"}
     found = [path for path in unpacked.rglob("*") if not path.is_dir()]
     assert {str(path.relative_to(unpacked)) for path in found} == {
-        *(*installed, "DEBIAN/control", "DEBIAN/md5sums"),
+        *(*installed, *SCRIPTS, "DEBIAN/control", "DEBIAN/md5sums"),
     }
     for path, source in FILES.items():
         contents = (unpacked / path).read_bytes()
@@ -86,7 +98,18 @@ def test_modes(package):
     modes = {"drwxr-xr-x", "-rwxr-xr-x", "-rw-r--r--", "lrwxrwxrwx"}
     assert set(found.values()) == {(mode, "root/root") for mode in modes}
     programs = {path for path, (mode, _) in found.items() if mode == "-rwxr-xr-x"}
-    assert programs == {"./usr/bin/tcpaccept", "./usr/bin/tcpconnect"}
+    assert programs == {"./usr/bin/tcpaccept", "./usr/bin/tcpconnect", f"./{SHIPPER}"}
+
+
+def test_units_run_what_is_installed(unpacked):
+    for name in SERVICES:
+        text = (unpacked / UNITS / "system" / name).read_text()
+        [program] = re.findall("^ExecStart=/(\\S+)", text, re.MULTILINE)
+        assert os.access(unpacked / program, os.X_OK)
+    removal = (unpacked / "DEBIAN/prerm").read_text()
+    assert removal.endswith(f" {' '.join(SERVICES)}\n")
+    for script in SCRIPTS:
+        output("shellcheck", unpacked / script)
 
 
 def test_control(package):
@@ -97,6 +120,7 @@ def test_control(package):
         f"Version: {load('tcpconnect').VERSION}",
         "Architecture: all",
         "Depends: python3 (>= 3.9), python3-bpfcc (>= 0.18)",
+        "Recommends: curl",
     ]
 
 
