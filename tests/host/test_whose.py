@@ -56,7 +56,7 @@ def test_networks(shared, text, network):
         ("-4 -a !2001:db8::/32", "2001:db8::/32 is not IPv4"),
         ("-6 -a 192.0.2.7", "192.0.2.7/32 is not IPv6: drop it, or -6"),
         ("-6 -a ::ffff:192.0.2.7", "192.0.2.7/32 is not IPv6"),
-        ("-a ::1,!::1", "both ::1/128 and !::1/128: drop one"),
+        ("-a ::1,!::1", "both ::1 and !::1: drop one"),
     ],
 )
 def test_networks_that_are_refused(shared, capfd, words, error):
@@ -176,14 +176,10 @@ def test_any_ranges(shared, tmp_path):
         for is_wanted, (first, last) in parts:
             ranges[is_wanted].append(range(first, last + 1))
         try:
-            found = shared.ranges_of(shared.user)(text)
+            found = shared.list_of(shared.range_of(shared.user))(text)
         except argparse.ArgumentTypeError as error:
             assert str(error).endswith(": drop one")
-            assert any(
-                one[0] in other and one[-1] in other
-                for one in ranges[True]
-                for other in ranges[False]
-            )
+            assert any(one in ranges[False] for one in ranges[True])
             return
         test = shared.in_ranges("number", found)
         numbers = {
