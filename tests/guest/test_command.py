@@ -107,16 +107,16 @@ def command(cgroups):
             run.process.kill()
             run.process.wait()
     left = [path.name for path in (cgroups / "home").glob("tcp*")]
-    for procs in cgroups.glob("home/**/cgroup.procs"):
-        until_empty(procs)
+    for threads in cgroups.glob("home/**/cgroup.threads"):
+        until_empty(threads)
     assert left == []
 
 
-def until_empty(procs):
+def until_empty(threads):
     """Kill the processes of a cgroup."""
-    for pid in procs.read_text().split():
-        os.kill(int(pid), signal.SIGKILL)
-    until("processes to end", lambda: procs.read_text() == "")
+    for tid in threads.read_text().split():
+        os.kill(int(tid), signal.SIGKILL)
+    until("processes to end", lambda: threads.read_text() == "")
 
 
 def test_only_the_command_and_its_children(command):
