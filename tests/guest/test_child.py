@@ -185,6 +185,20 @@ def test_a_low_soft_limit_is_raised(start):
 
 
 @on_trixie
+def test_a_parent_that_ignores_its_children(tmp_path):
+    """SIGCHLD is ignored then in the tool, too, when it starts."""
+
+    def ignore():
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+    process = piped("tcpconnect", tmp_path, preexec_fn=ignore)
+    assert process.stdout.readline().startswith("PID ")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=DEADLINE) == ("", "")
+    assert process.returncode == 0
+
+
+@on_trixie
 def test_no_temporary_directory():
     said = failures(env={**os.environ, "TMPDIR": "/nowhere"})
     why = r"No such file or directory \(set TMPDIR to a directory\)"
