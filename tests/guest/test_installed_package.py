@@ -14,7 +14,10 @@ import pytest
 from conftest import TOOLS, TOP, only_on
 from traffic import run_mixed_traffic
 
-PAGES = [pathlib.Path(f"/usr/share/man/man8/{name}.8.gz") for name in TOOLS]
+PAGES = {  # by their sources
+    page: pathlib.Path(f"/usr/share/{page.relative_to(TOP)}.gz")
+    for page in TOP.glob("man/*/*")
+}
 
 
 def output(*command):
@@ -41,14 +44,15 @@ def test_package(package, start):
     commands = [f"/usr/bin/{name}" for name in TOOLS]
     # A PATH may have /bin, which is the same, in front
     assert [os.path.realpath(shutil.which(name)) for name in TOOLS] == commands
-    for name, command, page in zip(TOOLS, commands, PAGES):
+    for name, command in zip(TOOLS, commands):
         assert output(command, "-V") == f"{name} {version}"
-        source = TOP / f"man/man8/{name}.8"
+    assert len(PAGES) == 3
+    for source, page in PAGES.items():
         assert gzip.decompress(page.read_bytes()) == source.read_bytes()
     tools = start(*commands)
     known = run_mixed_traffic()
     assert [tool.stop() for tool in tools] == list(known)
     assert [tool.complaints() for tool in tools] == [[], []]
     output("dpkg", "--remove", "tcptools")
-    paths = [pathlib.Path(command) for command in commands] + PAGES
+    paths = [*map(pathlib.Path, commands), *PAGES.values()]
     assert not any(path.exists() for path in paths)

@@ -123,7 +123,7 @@ def test_kprobes_disabled(start):
     finally:
         KPROBES_ENABLED.write_text("1")
     why = f"kprobe: kprobes are disabled: write 1 to {KPROBES_ENABLED}"
-    see = "(see tcpaccept(8), DIAGNOSTICS)"
+    see = "(see tcptools(7), DIAGNOSTICS)"
     assert said == {"tcpaccept": f"tcpaccept: error: cannot trace: {why} {see}\n"}
     if best_method() == "fexit":
         assert rows == connects

@@ -596,7 +596,7 @@ def test_locked_down(start):
     why = "error: kernel lockdown (confidentiality) does not allow this"
     commands = ("tcpconnect -x", "tcpconnect --json", "tcpaccept")
     assert failures(commands, env={**os.environ, "TCPTOOLS_METHOD": "fexit"}) == {
-        command: f"{name}: {why}: see {name}(8), Permission\n"
+        command: f"{name}: {why}: see tcptools(7), Permission\n"
         for command in commands
         for name in [command.split()[0]]
     }

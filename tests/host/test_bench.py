@@ -172,15 +172,19 @@ def test_the_readmes_figures_are_those_of_the_benchmarks():
     )
 
 
+def test_the_man_page_has_the_versions_that_were_measured():
+    page = (TOP / "man/man7/tcptools.7").read_text().replace("\\-", "-")
+    *_, run = json.loads(bench_report.DATA.read_text())["runs"].values()
+    for what in ("Linux", "python3-bpfcc"):
+        version = re.search(rf"{what} [^\s,]+", run["versions"]).group()
+        assert version in page.replace("\n", " ")
+
+
 def test_the_man_pages_figures_are_those_of_the_benchmarks(name):
     """Their lines have the figures of fexit, kprobe and bcc's; - for none."""
     figures = averages()
     text = (TOP / f"man/man8/{name}.8").read_text().replace("\\-", "-")
     overhead = text[text.index(".SH OVERHEAD") : text.index(".SH CAVEATS")]
-    *_, run = json.loads(bench_report.DATA.read_text())["runs"].values()
-    for what in ("Linux", "python3-bpfcc"):
-        version = re.search(rf"{what} [^\s,]+", run["versions"]).group()
-        assert version in overhead.replace("\n", " ")
     lines = re.findall(r"^  (\S.*?)  +(\S+)  +(\S+)  +(\S+)$", overhead, re.MULTILINE)
     titles, *rows = lines
     assert titles[1:] == ("fexit", "kprobe", "bcc's")

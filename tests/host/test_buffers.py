@@ -192,7 +192,7 @@ def test_buffers_that_cannot_be_opened(shared, monkeypatch, capfd):
 
     monkeypatch.setattr(shared, "cpus", lambda state: [0])
     monkeypatch.setattr(shared, "syscall", syscall)
-    why = "Operation not permitted (see tcpconnect(8), DIAGNOSTICS)"
+    why = "Operation not permitted (see tcptools(7), DIAGNOSTICS)"
     with pytest.raises(SystemExit) as end:
         shared.Buffers(71, EVENT, PAGES, Poll())
     assert (end.value.code, capfd.readouterr().err) == (

@@ -686,7 +686,7 @@ def test_losses(shared, monkeypatch, capfd):
         "tcpconnect: lost 7 events: buffer full (try -b)\n"
         "tcpconnect: lost 1 events: table full (65,536 entries)\n"
         "tcpconnect: lost 13 events: skipped by the kernel "
-        "(see tcpconnect(8), Lost events)\n"
+        "(see tcptools(7), Lost events)\n"
         "tcpconnect: lost 24 events in total\n"
     )
 

@@ -19,6 +19,7 @@ JOURNAL = f"{UNITS}/journald@tcptools.conf.d/tcptools.conf"
 NAMES = ("ship-tcptools", *(f"tcptools-{kind}" for kind in KINDS))
 SERVICES = [f"{name}.service" for name in NAMES]
 SCRIPTS = {"DEBIAN/postinst", "DEBIAN/prerm"}
+PAGES = ("man7/tcptools.7", "man8/tcpaccept.8", "man8/tcpconnect.8")
 # Where each file comes from
 FILES = {
     "usr/bin/tcpaccept": "tcpaccept",
@@ -29,8 +30,7 @@ FILES = {
     f"{DOC}/changelog.gz": ".github/CHANGELOG.md",
     f"{DOC}/tcpaccept_example.txt": "examples/tcpaccept_example.txt",
     f"{DOC}/tcpconnect_example.txt": "examples/tcpconnect_example.txt",
-    f"{SHARE}/man/man8/tcpaccept.8.gz": "man/man8/tcpaccept.8",
-    f"{SHARE}/man/man8/tcpconnect.8.gz": "man/man8/tcpconnect.8",
+    **{f"{SHARE}/man/{page}.gz": f"man/{page}" for page in PAGES},
     JOURNAL: f"{FLEET}/journald@tcptools.conf",
     f"{UNITS}/system/{COMMON}": f"{FLEET}/{COMMON}",
     SHIPPER: f"{FLEET}/ship-tcptools",
@@ -124,10 +124,11 @@ def test_control(package):
     ]
 
 
-def test_man_finds_the_page(name, unpacked):
-    page = unpacked / SHARE / f"man/man8/{name}.8.gz"
+@pytest.mark.parametrize("page", PAGES)
+def test_man_finds_the_page(page, unpacked):
+    name = pathlib.Path(page).stem
     found = output("man", "-M", unpacked / SHARE / "man", "-w", name)
-    assert pathlib.Path(found) == page
+    assert pathlib.Path(found) == unpacked / SHARE / f"man/{page}.gz"
 
 
 def test_built_again_it_is_the_same(package, tmp_path):

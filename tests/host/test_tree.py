@@ -92,31 +92,50 @@ def test_spelling():
     assert check(codespell, "--check-hidden", "-L", "bu", *files) == ""
 
 
-@pytest.mark.parametrize("name", TOOLS)
-def test_man_page(name):
-    page = f"man/man8/{name}.8"
+SECTIONS = (  # in the order in which a reader needs them
+    "NAME SYNOPSIS DESCRIPTION OPTIONS EXAMPLES FIELDS OVERHEAD CAVEATS NOTES BUGS "
+    "COPYRIGHT SEE_ALSO"
+)
+SHARED = (
+    "NAME DESCRIPTION JSON EXIT_STATUS DIAGNOSTICS ENVIRONMENT FILES REQUIREMENTS "
+    "OVERHEAD NOTES BUGS SEE_ALSO"
+)
+PAGES = {  # its sections, and the most words that it may have when rendered
+    "man8/tcpconnect.8": (SECTIONS, 2000),
+    "man8/tcpaccept.8": (SECTIONS, 1600),
+    "man7/tcptools.7": (SHARED, 2600),
+}
+
+
+def page_of(path):
+    return (TOP / "man" / path).read_text().replace("\\-", "-")
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_man_page(path):
+    page, (wanted, words) = f"man/{path}", PAGES[path]
     assert check("mandoc", "-T", "lint", "-W", "warning", page) == ""
-    text = (TOP / page).read_text()
-    sections = re.findall(r'^\.SH "?(.*?)"?$', text, re.MULTILINE)
-    wanted = (  # in the order of man-pages(7)
-        "NAME SYNOPSIS DESCRIPTION OPTIONS FIELDS JSON EXIT_STATUS DIAGNOSTICS "
-        "ENVIRONMENT FILES REQUIREMENTS OVERHEAD CAVEATS NOTES EXAMPLES COPYRIGHT "
-        "SEE_ALSO"
-    )
+    sections = re.findall(r'^\.SH "?(.*?)"?$', page_of(path), re.MULTILINE)
     assert [title.replace(" ", "_") for title in sections] == wanted.split()
     rendered = check("mandoc", "-T", "ascii", "-O", "width=80", page)
     rendered = re.sub(".\b", "", rendered)  # overstrikes: bold and underlined
     assert [line for line in rendered.splitlines() if len(line) > 80] == []
+    assert len(rendered.split()) <= words
 
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_man_page_has_each_option(name):
-    """And one that is for developers, and not in the help."""
-    text = (TOP / f"man/man8/{name}.8").read_text().replace("\\-", "-")
-    options = text.partition("\n.SH OPTIONS\n")[2].partition("\n.SH ")[0]
+    """And one that is for developers, and not in the help; all are in SYNOPSIS."""
+    page = page_of(f"man8/{name}.8")
+    options = page.partition("\n.SH OPTIONS\n")[2].partition("\n.SH ")[0]
     titles = re.findall(r"^\.TP\n(.*)", options, re.MULTILINE)
+    titles = [one for title in titles for one in title.split("; ")]
     listed = [re.findall(r"\\fB(-.*?)\\fR", title) for title in titles]
-    assert sorted(listed) == sorted([*option_names(load(name)), ["--ebpf"]])
+    names = option_names(load(name))
+    assert sorted(listed) == sorted([*names, ["--ebpf"]])
+    synopsis = page.partition("\n.SH SYNOPSIS\n")[2].partition("\n.SH ")[0]
+    shown = set(re.findall(r"(?:\\fB| )(--?\w[\w-]*)", synopsis))
+    assert {first for first, *_ in names} <= shown
 
 
 def test_version_is_the_same():
@@ -125,11 +144,12 @@ def test_version_is_the_same():
     assert re.fullmatch(r"20\d\d\.\d\d\.\d\d", version)
     for name in TOOLS:
         assert load(name).VERSION == version
-        first, *_ = (TOP / f"man/man8/{name}.8").read_text().splitlines()
-        footer = f'"tcptools {version}" "System Manager\'s Manual"'
-        assert re.fullmatch(rf'\.TH {name} 8 "\d{{4}}-\d\d-\d\d" {footer}', first)
         text = (TOP / f"examples/{name}_example.txt").read_text()
         assert f"\n# ./{name} -V\n{name} {version}\n" in text
+    for path in PAGES:
+        (first, _), (name, section) = page_of(path).split("\n", 1), path[5:].split(".")
+        title = rf'\.TH {name} {section} "\d{{4}}-\d\d-\d\d" "tcptools {version}" ".*"'
+        assert re.fullmatch(title, first)
     changes = (TOP / ".github/CHANGELOG.md").read_text()
     assert re.findall(r"^## (\d.*)", changes, re.MULTILINE)[0] == version
 
@@ -152,45 +172,69 @@ def test_readmes_links():
 
 
 @pytest.mark.parametrize("name", TOOLS)
-def test_man_page_has_what_messages_refer_to(name):
-    text = (TOP / f"man/man8/{name}.8").read_text()
+def test_man_pages_have_the_sections_that_messages_name(name):
     source = (TOP / name).read_text()
-    sections = set(re.findall(r"\{NAME\}\(8\), (\w[\w ]*)", source))
-    assert {"DIAGNOSTICS", "Lost events", "Permission"} <= sections
-    assert sections <= set(re.findall(r"^\.S[HS] (.*)", text, re.MULTILINE))
-    tool = load(name)
-    assert f"see {name}(8), Lost events" in tool.LOSSES["skipped"]
-    for hint in tool.LOSSES.values():
-        assert f"events: {hint}".replace("-", "\\-") in text
+    found = set(re.findall(r"\b(tcptools|\{NAME\})\((\d)\), (\w[\w ]*)", source))
+    wanted = {"DIAGNOSTICS", "Lost events", "Permission"}
+    assert {section for page, _, section in found if page == "tcptools"} == wanted
+    for page, number, section in found:
+        text = page_of(f"man{number}/{page.replace('{NAME}', name)}.{number}")
+        assert section in re.findall(r"^\.S[HS] (.*)", text, re.MULTILINE)
 
 
-def clauses(text):
-    """The parts of a message of two words or more, without what varies."""
-    varies = r"[:;,()]|\b(?:was killed .*|exited .*|tcp_v6_connect)"
-    parts = re.split(varies, text)
-    return [part.strip() for part in parts if " " in part.strip()]
+def text_of(node):
+    """A literal, with \0 for what varies; None of what is no literal."""
+    if type(node) is ast.JoinedStr:
+        return "".join(
+            part.value if type(part) is ast.Constant else "\0" for part in node.values
+        )
+    return node.value if type(node) is ast.Constant else None
 
 
-@pytest.mark.parametrize("name", TOOLS)
-def test_man_page_has_each_message(name):
-    """DIAGNOSTICS has each warning and error but usage errors, and no other."""
-    page = (TOP / f"man/man8/{name}.8").read_text().replace("\\-", "-")
-    page = page.partition(".SH DIAGNOSTICS\n")[2].partition("\n.SH ")[0]
-    source = (TOP / name).read_text()
-    printed = re.sub(r'"\n\s*f?"', "", source).replace("{NAME}", name)
-    for message in re.findall(r"\\fB(\w.*?)\\f[IR]", page):
-        for clause in clauses(message):
-            assert clause in printed
-    calls = [node for node in ast.walk(ast.parse(source)) if type(node) is ast.Call]
-    calls = [node for node in calls if getattr(node.func, "id", "") in ("warn", "fail")]
-    texts = [
-        [str(part.value) for part in ast.walk(call) if type(part) is ast.Constant]
-        for call in calls
-    ]
-    for text in filter(None, texts):
-        found = [clause for part in text for clause in clauses(part)]
-        assert found == [] or any(clause in page for clause in found), found
-    assert len(texts) > 20
+def messages(source):
+    """Each warning and error of a tool but usage errors: what warn() and fail() are
+    given, what functions for them return, and why events are lost.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if type(node) is ast.Call and getattr(node.func, "id", "") in ("warn", "fail"):
+            yield text_of(node.args[0])
+        elif type(node) is ast.FunctionDef and node.name in ("explain", "attach_v6"):
+            for one in ast.walk(node):
+                value = one.value if type(one) is ast.Return else None
+                yield text_of(value.elts[0] if getattr(value, "elts", None) else value)
+        elif type(node) is ast.Assign and ast.unparse(node.targets[0]) == "LOSSES":
+            for value in node.value.values:
+                yield f"lost \0 events: {text_of(value)}"
+
+
+# These only pass on what other calls have
+PASSED_ON = {None, "error: \0", "lost \0 events: \0"}
+
+
+def test_diagnostics_have_each_message():
+    """Whole, from its first word to its last, and no other."""
+    page = page_of("man7/tcptools.7").partition(".SH DIAGNOSTICS\n")[2]
+    page = page.partition("\n.SH ")[0]
+    heads = re.findall(r'^(?:\.IP "(.*)"|\.TQ\n(.*))$', page, re.MULTILINE)
+    heads = [first or second for first, second in heads]
+    assert len(heads) > 30
+    found = {"needs Python 3.9 or newer: this is \0"}  # before there is fail()
+    for name in TOOLS:
+        source = (TOP / name).read_text().replace("{NAME}", name)
+        assert "needs Python 3.9 or newer: this is {" in source
+        found |= {*messages(source)} - PASSED_ON
+    found = {text.removeprefix("error: ") for text in found}
+    patterns = {}
+    for head in heads:
+        # Italics vary; all else is literal
+        parts = re.split(r"\\fI(.*?)(?=\\f[BR]|$)", head)
+        literal = [re.sub(r"\\f[BR]", "", part) for part in parts[::2]]
+        assert max(len(part.split()) for part in literal) >= 2, head
+        patterns[head] = ".+".join(map(re.escape, literal))
+    for head, pattern in patterns.items():
+        assert any(re.fullmatch(pattern, text) for text in found), head
+    for text in found:
+        assert sum(bool(re.fullmatch(x, text)) for x in patterns.values()) == 1, text
 
 
 def test_modes_and_top_level():
