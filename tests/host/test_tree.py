@@ -160,6 +160,13 @@ def test_readme_is_short_and_narrow():
     assert [x for x in lines if len(x) > 88 and not x.startswith("|")] == []
 
 
+def test_readme_installs_each_page():
+    text = (TOP / "README.md").read_text()
+    for page in PAGES:
+        section = page.partition("/")[0]
+        assert re.search(rf"install .*/man/{section} .*\bman/{page}", text)
+
+
 def test_readmes_links():
     """To its own sections, and to files of the repository."""
     text = (TOP / "README.md").read_text()
