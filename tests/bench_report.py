@@ -232,7 +232,7 @@ def bars(figures, batch):
 def draw(figures):
     """The picture: of each size of batches and each tool, a bar of two parts."""
     groups = {batch: bars(figures, batch) for batch in BATCHES}
-    left, width, right, step, y = 110, 430, 130, 16, 46
+    left, width, right, step, y = 110, 430, 130, 16, 64
     rows = sum(len(group) + 2 for group in groups.values())
     height = y + (rows - 1) * step
     scale = width / max(sum(bar[1:]) for group in groups.values() for bar in group)
@@ -252,11 +252,11 @@ def draw(figures):
 
     write("Instructions per connect: less is better", 10, 18, 'font-weight="bold"')
     for part, text, x in (
-        ("kernel", "in the kernel (median)", 262),
-        ("own", "by the tool (mean), idle cost excluded", 420),
+        ("kernel", "in the kernel (median)", 10),
+        ("own", "by the tool itself (mean), idle cost excluded", 190),
     ):
-        block(part, x, 8, 12)
-        write(text, x + 18, 18)
+        block(part, x, 26, 12)
+        write(text, x + 18, 36)
     for batch, group in groups.items():
         title = f"Batches of {batch} ({BATCHES[batch]})"
         write(title, 10, y - 3, 'font-style="italic"')
