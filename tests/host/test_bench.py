@@ -164,6 +164,9 @@ def test_the_readmes_figures_are_those_of_the_benchmarks():
     ).groups()
     assert number(kernel) == figures["a connect, IPv4"]["fexit"]
     assert number(own) == figures["tcpconnect, own cost, 1,000 per second"]["fexit"]
+    memory = re.search(r"(\d+) MiB of memory, (\d+) while it starts", readme).groups()
+    for text, when in zip(memory, ("memory afterwards", "peak memory")):
+        assert int(text) == round(figures[f"tcpconnect, {when} (MiB)"]["fexit"])
     assert float(total) == pytest.approx(
         (number(kernel) + number(own)) / 1000, abs=0.05
     )
