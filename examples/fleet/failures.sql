@@ -16,15 +16,15 @@ FROM
 (
     SELECT
         toStartOfHour(ts) AS hour, toString(host) AS host, unit,
-        if(unit = '', name, '') AS process, any(name) AS name, daddr, dport, error,
-        is_loopback, count() AS failures, min(ts) AS first_seen, max(ts) AS last_seen
+        if(unit = '', tcp_events.name, '') AS process, any(tcp_events.name) AS name,
+        daddr, dport, error, is_loopback, count() AS failures, min(ts) AS first_seen, max(ts) AS last_seen
     FROM tcp_events FINAL
     WHERE
         event = 'connect_failed'
         AND ts >= {since:DateTime64(6, 'UTC')} AND ts < {until:DateTime64(6, 'UTC')}
         AND hour >= toStartOfHour({since:DateTime64(6, 'UTC')})
         AND hour <= toStartOfHour({until:DateTime64(6, 'UTC')})
-    GROUP BY hour, host, unit, process, daddr, dport, error, is_loopback
+    GROUP BY hour, tcp_events.host, unit, process, daddr, dport, error, is_loopback
 ) AS failed
 LEFT JOIN tcp_hosts(
     since = {since:DateTime64(6, 'UTC')}, until = {until:DateTime64(6, 'UTC')}

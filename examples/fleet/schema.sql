@@ -168,17 +168,18 @@ CREATE TABLE IF NOT EXISTS tcp_addresses
     hour    DateTime('UTC') CODEC(Delta, ZSTD),
     address IPv6 CODEC(ZSTD),
     host    LowCardinality(String),
-    netns   UInt32 CODEC(ZSTD)
+    netns   UInt32 CODEC(ZSTD),
+    is_source Bool CODEC(ZSTD)
 )
 ENGINE = ReplacingMergeTree
 PARTITION BY toDate(hour)
-ORDER BY (hour, address, host, netns)
+ORDER BY (hour, address, host, netns, is_source)
 TTL hour + INTERVAL 7 DAY;
 
 CREATE MATERIALIZED VIEW IF NOT EXISTS tcp_addresses_of_events TO tcp_addresses AS
 SELECT DISTINCT
-    toStartOfHour(at) AS hour,
-    if(event IN ('accept', 'accepts'), daddr, saddr) AS address, host, netns
+    toStartOfHour(at) AS hour, event NOT IN ('accept', 'accepts') AS is_source,
+    if(is_source, saddr, daddr) AS address, host, netns
 FROM tcp_events
 WHERE event NOT IN ('connect_failed', 'lost') AND NOT is_loopback;
 
@@ -191,7 +192,7 @@ FROM tcp_addresses
 WHERE
     hour >= toStartOfHour({since:DateTime64(6, 'UTC')})
     AND hour <= toStartOfHour({until:DateTime64(6, 'UTC')})
-    AND cityHash64(hour, address, host, netns) GLOBAL NOT IN (
+    AND (is_source OR cityHash64(hour, address, host, netns) GLOBAL NOT IN (
         SELECT cityHash64(hour, daddr, host, netns)
         FROM tcp_destinations
         WHERE
@@ -205,7 +206,7 @@ WHERE
                     hour >= toStartOfHour({since:DateTime64(6, 'UTC')})
                     AND hour <= toStartOfHour({until:DateTime64(6, 'UTC')})
             )
-    )
+    ))
 GROUP BY hour, address;
 
 -- The map of each hour, as edges.sql stores it, for longer than the events are kept.
@@ -275,7 +276,8 @@ WITH
         AS stored_since,
     (
         SELECT least(
-            max(hour + INTERVAL 1 HOUR), toStartOfHour({until:DateTime64(6, 'UTC')})
+            if(count() = 0, stored_since, max(hour) + INTERVAL 1 HOUR),
+            toStartOfHour({until:DateTime64(6, 'UTC')})
         )
         FROM tcp_edges
         WHERE known = ''
@@ -476,6 +478,13 @@ WITH
         WHERE
             c.event IN ('connect', 'connected') AND c.loopback = 0
             AND is_asked(c.ts, c.at) AND apart <= 10000000
+            AND (NOT is_known OR cityHash64(c.saddr, c.daddr) GLOBAL NOT IN (
+                SELECT cityHash64(saddr, daddr)
+                FROM tcp_events
+                WHERE
+                    event IN ('accept', 'accepts') AND is_asked(ts, at)
+                    AND saddr GLOBAL IN (SELECT address FROM owners)
+            ))
         ORDER BY apart
         LIMIT 1 BY one
     ),
