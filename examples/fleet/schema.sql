@@ -110,7 +110,8 @@ PARTITION BY toDate(hour)
 ORDER BY (hour, node)
 TTL hour + INTERVAL 7 DAY;
 
-CREATE MATERIALIZED VIEW IF NOT EXISTS tcp_nodes_of_events TO tcp_nodes AS
+CREATE MATERIALIZED VIEW IF NOT EXISTS tcp_nodes_of_events TO tcp_nodes
+DEFINER = CURRENT_USER SQL SECURITY DEFINER AS
 SELECT DISTINCT toStartOfHour(at) AS hour, node, host, unit, name
 FROM tcp_events
 WHERE event != 'lost';
@@ -130,7 +131,8 @@ PARTITION BY toDate(hour)
 ORDER BY (hour, daddr, dport, node, loopback)
 TTL hour + INTERVAL 7 DAY;
 
-CREATE MATERIALIZED VIEW IF NOT EXISTS tcp_listeners_of_events TO tcp_listeners AS
+CREATE MATERIALIZED VIEW IF NOT EXISTS tcp_listeners_of_events TO tcp_listeners
+DEFINER = CURRENT_USER SQL SECURITY DEFINER AS
 SELECT DISTINCT toStartOfHour(at) AS hour, daddr, dport, node, host, loopback
 FROM tcp_events
 WHERE event IN ('accept', 'accepts');
@@ -153,7 +155,8 @@ PARTITION BY toDate(hour)
 ORDER BY (hour, daddr, dport, saddr, host, netns)
 TTL hour + INTERVAL 7 DAY;
 
-CREATE MATERIALIZED VIEW IF NOT EXISTS tcp_destinations_of_events TO tcp_destinations AS
+CREATE MATERIALIZED VIEW IF NOT EXISTS tcp_destinations_of_events TO tcp_destinations
+DEFINER = CURRENT_USER SQL SECURITY DEFINER AS
 SELECT DISTINCT
     arrayJoin(arrayDistinct([
         toStartOfHour(at - INTERVAL 60 SECOND), toStartOfHour(at + INTERVAL 60 SECOND)
@@ -176,7 +179,8 @@ PARTITION BY toDate(hour)
 ORDER BY (hour, address, host, netns, is_source)
 TTL hour + INTERVAL 7 DAY;
 
-CREATE MATERIALIZED VIEW IF NOT EXISTS tcp_addresses_of_events TO tcp_addresses AS
+CREATE MATERIALIZED VIEW IF NOT EXISTS tcp_addresses_of_events TO tcp_addresses
+DEFINER = CURRENT_USER SQL SECURITY DEFINER AS
 SELECT DISTINCT
     toStartOfHour(at) AS hour, event NOT IN ('accept', 'accepts') AS is_source,
     if(is_source, saddr, daddr) AS address, host, netns

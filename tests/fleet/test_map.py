@@ -360,10 +360,9 @@ def test_a_query_about_some_hours_reads_few_others(database):
     assert row["connections"] == 9000
     sql = servicemap.sql_file("servicemap")
     plan = database.session.query(f"EXPLAIN indexes = 1 {sql}", "TSVRaw")
-    granules = re.findall(r"Granules: (\d+)/(\d+)", plan.bytes().decode())
-    read = [(int(read), int(of)) for read, of in granules if int(of) > 10]
-    assert len(read) > 3
-    assert [one for one in read if one[0] * 2 > one[1]] == []
+    granules = re.findall(r"Parts: .* Granules: (\d+)", plan.bytes().decode())
+    assert len(granules) > 5
+    assert max(map(int, granules)) < 16 / 2
 
 
 # ---- listeners

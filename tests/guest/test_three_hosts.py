@@ -269,6 +269,7 @@ def test_three_hosts(start, cgroups):
 WEB, APP, DB, EXTERNAL = (ADDRESSES[host][0] for host in HOSTS)
 WEB6, APP6 = ADDRESSES["web1"][1], ADDRESSES["app2"][1]
 LOCAL = "127.0.0.1"
+TOOLS = "tcpconnect -l", "tcpaccept"
 
 
 def work(fleet):
@@ -278,13 +279,13 @@ def work(fleet):
     fleet.serve("db3", "postgres", ("::", 5432), (LOCAL, 8080))
     fleet.serve("external", "mail", (EXTERNAL, 25))
 
-    web_tools = fleet.tools("web1", "tcpconnect", "tcpaccept", "tcpconnect -x")
-    app_tools = fleet.tools("app2", "tcpconnect", "tcpaccept")
+    web_tools = fleet.tools("web1", *TOOLS)
+    app_tools = fleet.tools("app2", *TOOLS)
     # Before db3's tools are on
     fleet.connect(
         11, "app2", "migrate", "db3", "postgres", DB, 5432, seen=(True, False)
     )
-    db_tools = fleet.tools("db3", "tcpconnect", "tcpaccept")
+    db_tools = fleet.tools("db3", *TOOLS)
     work_between_hosts(fleet)
     work_with_the_same_ports(fleet)
     work_with_translation(fleet)
@@ -296,7 +297,7 @@ def work(fleet):
         41, "web1", "deploy", "app2", "gunicorn", APP, 8000, seen=(True, False)
     )
     fleet.connect(43, "app2", "deploy", "web1", "nginx", WEB6, 80, seen=(False, True))
-    app_tools += fleet.tools("app2", "tcpconnect", "tcpaccept")
+    app_tools += fleet.tools("app2", *TOOLS)
     fleet.connect(47, "web1", "monitor", "app2", "gunicorn", APP, 8000)
     fleet.connect(53, "app2", "monitor", "web1", "nginx", WEB6, 80)
 
