@@ -450,47 +450,70 @@ WITH
             WHERE hour >= hour_before AND hour <= hour_after
         )
     ),
-    -- A connect and a lone accept that are both ends of a translated connection
-    pairs AS
+    -- Connects to where nobody listens
+    astray AS
     (
         SELECT
-            toStartOfHour(c.at) AS hour, c.node AS client, c.daddr AS daddr,
-            c.dport AS dport, c.at AS at,
-            if(c.event = 'connected', toUInt8(log2(c.latency_us + 1)) + 1, 0) AS bucket,
-            (daddr, dport) GLOBAL IN (
+            toStartOfHour(at) AS hour, node AS client, saddr, sport, daddr, dport, at,
+            if(event = 'connected', toUInt8(log2(latency_us + 1)) + 1, 0) AS bucket
+        FROM tcp_events
+        WHERE
+            event IN ('connect', 'connected') AND loopback = 0 AND is_asked(ts, at)
+            AND (daddr, dport) GLOBAL NOT IN (
                 SELECT daddr, dport
                 FROM tcp_listeners
                 WHERE hour >= hour_before AND hour <= hour_after
-            ) AS is_known,
-            a.hour AS server_hour, a.saddr AS server_saddr, a.dport AS server_dport,
-            a.node AS server,
-            abs(dateDiff('microsecond', c.at, a.at)) AS apart,
-            cityHash64(c.host, c.saddr, c.sport, c.at) AS one,
-            cityHash64(a.host, a.saddr, a.sport, a.at) AS two
-        FROM tcp_events AS c
-        GLOBAL INNER JOIN
+            )
+    ),
+    -- Their other ends: accepts from there without a connect of the same ports
+    dnat AS
+    (
+        SELECT *
+        FROM
         (
             SELECT
-                *,
-                arrayJoin([cityHash64(saddr, sport), cityHash64(daddr, dport, sport)])
-                    AS flow
-            FROM lone
-            WHERE sport != 0
-        ) AS a ON a.flow = if(
-            is_known, cityHash64(c.daddr, c.dport, c.sport), cityHash64(c.saddr, c.sport)
+                c.hour AS hour, c.client AS client, a.node AS server, c.daddr AS daddr,
+                c.dport AS dport, c.at AS at, c.bucket AS bucket,
+                cityHash64(a.host, a.saddr, a.sport, a.at) AS id,
+                abs(dateDiff('microsecond', c.at, a.at)) AS apart
+            FROM tcp_events AS a
+            GLOBAL INNER JOIN astray AS c ON c.saddr = a.saddr AND c.sport = a.sport
+            WHERE
+                a.event = 'accept' AND apart <= 10000000
+                AND toStartOfHour(a.ts) >= hour_before
+                AND toStartOfHour(a.ts) <= hour_after
+                AND cityHash64(a.saddr, a.sport, a.daddr, a.dport) GLOBAL NOT IN (
+                    SELECT cityHash64(saddr, sport, daddr, dport)
+                    FROM tcp_events
+                    WHERE
+                        event IN ('connect', 'connected')
+                        AND toStartOfHour(ts) >= hour_before
+                        AND toStartOfHour(ts) <= hour_after
+                        AND (saddr, sport) GLOBAL IN (SELECT saddr, sport FROM astray)
+                )
+            ORDER BY apart
+            LIMIT 1 BY client, daddr, dport, at
         )
+        ORDER BY apart
+        LIMIT 1 BY id
+    ),
+    -- Lone accepts whose client was masqueraded
+    snat AS
+    (
+        SELECT cityHash64(a.host, a.saddr, a.sport, a.at) AS id
+        FROM tcp_events AS c
+        GLOBAL INNER JOIN (SELECT * FROM lone WHERE sport != 0) AS a
+            ON a.daddr = c.daddr AND a.dport = c.dport AND a.sport = c.sport
         WHERE
-            c.event IN ('connect', 'connected') AND c.loopback = 0
-            AND is_asked(c.ts, c.at) AND apart <= 10000000
-            AND (NOT is_known OR cityHash64(c.saddr, c.daddr) GLOBAL NOT IN (
+            c.event IN ('connect', 'connected') AND is_asked(c.ts, c.at)
+            AND abs(dateDiff('microsecond', c.at, a.at)) <= 10000000
+            AND cityHash64(c.saddr, c.daddr) GLOBAL NOT IN (
                 SELECT cityHash64(saddr, daddr)
                 FROM tcp_events
                 WHERE
                     event IN ('accept', 'accepts') AND is_asked(ts, at)
                     AND saddr GLOBAL IN (SELECT address FROM owners)
-            ))
-        ORDER BY apart
-        LIMIT 1 BY one
+            )
     ),
     -- By their ends; where one is unknown it is 0, and its address and the hour tell
     -- whose it may be
@@ -509,17 +532,17 @@ WITH
             SELECT
                 0, node, hour, saddr, dport, loopback, 0, toInt64(number), 0, 0, 0, at, at
             FROM lone
+            WHERE cityHash64(host, saddr, sport, at) NOT IN (
+                SELECT id FROM dnat UNION ALL SELECT id FROM snat
+            )
             UNION ALL
-            -- One edge in the place of two
-            SELECT
-                part.1, part.2, part.3, part.4, part.5, 0, part.6, part.7, 0, 0, 0,
-                at, at
-            FROM (SELECT * FROM pairs ORDER BY apart LIMIT 1 BY two)
-            ARRAY JOIN arrayFilter(part -> NOT is_known OR part.1 = 0, [
-                (0, server, server_hour, server_saddr, server_dport, 0, -1),
-                (client, 0, hour, daddr, dport, bucket, -1),
-                (client, server, toDateTime(0, 'UTC'), toIPv6('::'), dport, bucket, 1)
-            ]) AS part
+            -- A connect that has a server even so
+            SELECT client, part.1, part.2, part.3, dport, 0, bucket, part.4, 0, 0, 0, at, at
+            FROM dnat
+            ARRAY JOIN [
+                (0, hour, daddr, -1),
+                (server, toDateTime(0, 'UTC'), toIPv6('::'), 1)
+            ] AS part
         ) AS e
         GROUP BY cityHash64(
             e.client, e.server, edge_hour, edge_other, e.port, edge_local, e.bucket

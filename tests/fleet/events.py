@@ -44,7 +44,7 @@ def timestamp(at):
 
 
 def event(kind, at, host, comm, saddr=WEB1, sport=40000, daddr=DB2, dport=80, **more):
-    return {
+    row = {
         "ts": timestamp(at),
         "host": host,
         "event": kind,
@@ -57,8 +57,10 @@ def event(kind, at, host, comm, saddr=WEB1, sport=40000, daddr=DB2, dport=80, **
         "sport": sport,
         "daddr": daddr,
         "dport": dport,
-        **{"netns": 4026531840, "cgroup": 5251, **more},
+        "netns": 4026531840,
+        "cgroup": 5251,
     }
+    return row | more
 
 
 def connect(at, comm="curl", host="web1", **more):
