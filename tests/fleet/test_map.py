@@ -598,6 +598,21 @@ def a_service_address(late):
 
 
 @CASES()
+def a_service_address_of_a_backend_that_the_client_also_connects_to():
+    ask = yield [
+        connect(0, "app", sport=1, **SERVICE),
+        accept(9, sport=1),
+        *pair(SECOND, "curl", sport=2),
+        connect(2 * SECOND, "far", sport=2, daddr=EXTERNAL),
+    ]
+    assert edges_of(ask()) == {
+        edge("web1 app", port=443): 1,
+        edge(): 1,
+        edge("web1 far", f"? {EXTERNAL}"): 1,
+    }
+
+
+@CASES()
 def the_nearest_is_the_other_end():
     """A client uses a port again within seconds."""
     ask = yield [
