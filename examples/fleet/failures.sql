@@ -3,7 +3,7 @@
 --
 -- server_host: the host that has the address, found as in servicemap.sql.
 SELECT
-    failed.host AS client_host, unit AS client_unit, name AS client_comm,
+    failed.host AS client_host, unit AS client_unit, shown_name AS client_comm,
     multiIf(
         failed.is_loopback OR has(hosts, failed.host), failed.host,
         length(hosts) = 1, hosts[1],
@@ -16,7 +16,7 @@ FROM
 (
     SELECT
         toStartOfHour(ts) AS hour, toString(host) AS host, unit,
-        if(unit = '', tcp_events.name, '') AS process, any(tcp_events.name) AS name,
+        if(unit = '', tcp_events.name, '') AS process, any(tcp_events.name) AS shown_name,
         daddr, dport, error, is_loopback, count() AS failures, min(ts) AS first_seen, max(ts) AS last_seen
     FROM tcp_events FINAL
     WHERE

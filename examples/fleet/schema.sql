@@ -423,12 +423,12 @@ WITH
     lone AS
     (
         SELECT DISTINCT
-            hour, a.saddr AS saddr, sport, a.daddr AS daddr, a.dport AS dport, at,
+            hour, a.saddr AS saddr, sport, a.daddr AS daddr, a.dport AS dport, time,
             loopback, a.host AS host, node, tid, number
         FROM
         (
             SELECT
-                toStartOfHour(at) AS hour, saddr, sport, daddr, dport, at, loopback,
+                toStartOfHour(at) AS hour, saddr, sport, daddr, dport, at AS time, loopback,
                 toString(host) AS host, node, tid,
                 if(event = 'accepts', count, 1) AS number
             FROM tcp_events
@@ -454,7 +454,7 @@ WITH
     astray AS
     (
         SELECT
-            toStartOfHour(at) AS hour, node AS client, saddr, sport, daddr, dport, at,
+            toStartOfHour(at) AS hour, node AS client, saddr, sport, daddr, dport, at AS time,
             if(event = 'connected', toUInt8(log2(latency_us + 1)) + 1, 0) AS bucket
         FROM tcp_events
         WHERE
@@ -473,9 +473,9 @@ WITH
         (
             SELECT
                 c.hour AS hour, c.client AS client, a.node AS server, c.daddr AS daddr,
-                c.dport AS dport, c.at AS at, c.bucket AS bucket,
+                c.dport AS dport, c.time AS time, c.bucket AS bucket,
                 cityHash64(a.host, a.saddr, a.sport, a.at) AS id,
-                abs(dateDiff('microsecond', c.at, a.at)) AS apart
+                abs(dateDiff('microsecond', c.time, a.at)) AS apart
             FROM tcp_events AS a
             GLOBAL INNER JOIN astray AS c ON c.saddr = a.saddr AND c.sport = a.sport
             WHERE
@@ -492,7 +492,7 @@ WITH
                         AND (saddr, sport) GLOBAL IN (SELECT saddr, sport FROM astray)
                 )
             ORDER BY apart
-            LIMIT 1 BY client, daddr, dport, at
+            LIMIT 1 BY client, daddr, dport, time
         )
         ORDER BY apart
         LIMIT 1 BY id
@@ -500,13 +500,13 @@ WITH
     -- Lone accepts whose client was masqueraded
     snat AS
     (
-        SELECT cityHash64(a.host, a.saddr, a.sport, a.at) AS id
+        SELECT cityHash64(a.host, a.saddr, a.sport, a.time) AS id
         FROM tcp_events AS c
         GLOBAL INNER JOIN (SELECT * FROM lone WHERE sport != 0) AS a
             ON a.daddr = c.daddr AND a.dport = c.dport AND a.sport = c.sport
         WHERE
             c.event IN ('connect', 'connected') AND is_asked(c.ts, c.at)
-            AND abs(dateDiff('microsecond', c.at, a.at)) <= 10000000
+            AND abs(dateDiff('microsecond', c.at, a.time)) <= 10000000
             AND cityHash64(c.saddr, c.daddr) GLOBAL NOT IN (
                 SELECT cityHash64(saddr, daddr)
                 FROM tcp_events
@@ -530,14 +530,15 @@ WITH
             SELECT * FROM looked_up
             UNION ALL
             SELECT
-                0, node, hour, saddr, dport, loopback, 0, toInt64(number), 0, 0, 0, at, at
+                0, node, hour, saddr, dport, loopback, 0, toInt64(number), 0, 0, 0, time, time
             FROM lone
-            WHERE cityHash64(host, saddr, sport, at) NOT IN (
+            WHERE cityHash64(host, saddr, sport, time) NOT IN (
                 SELECT id FROM dnat UNION ALL SELECT id FROM snat
             )
             UNION ALL
             -- A connect that has a server even so
-            SELECT client, part.1, part.2, part.3, dport, 0, bucket, part.4, 0, 0, 0, at, at
+            SELECT client, part.1, part.2, part.3, dport, 0, bucket, part.4, 0, 0, 0, time,
+                time
             FROM dnat
             ARRAY JOIN [
                 (0, hour, daddr, -1),
