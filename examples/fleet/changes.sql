@@ -9,8 +9,8 @@
 -- An edge of which one end is not known is not new, if an edge from before may be the
 -- same: it has the same service at the known end, the same port, and at the other end
 -- the same host, or the same address where no host is named. An edge of which both ends
--- are known is not new, if its client connected to that host and port before, and it was
--- not known to which service.
+-- are known is not new, if its client connected to that host and port before, and it
+-- was not known to which service.
 WITH
     toDateTime64('2200-01-01 00:00:00', 6, 'UTC') AS never,
     (unit, comm) -> multiIf(

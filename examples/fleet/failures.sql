@@ -16,8 +16,9 @@ FROM
 (
     SELECT
         toStartOfHour(ts) AS hour, toString(host) AS host, unit,
-        if(unit = '', tcp_events.name, '') AS process, any(tcp_events.name) AS shown_name,
-        daddr, dport, error, is_loopback, count() AS failures, min(ts) AS first_seen, max(ts) AS last_seen
+        if(unit = '', tcp_events.name, '') AS process,
+        any(tcp_events.name) AS shown_name, daddr, dport, error, is_loopback,
+        count() AS failures, min(ts) AS first_seen, max(ts) AS last_seen
     FROM tcp_events FINAL
     WHERE
         event = 'connect_failed'

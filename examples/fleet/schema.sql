@@ -286,6 +286,8 @@ WITH
         FROM tcp_edges
         WHERE known = ''
     ) AS stored_until,
+    -- Of the sets
+    hour -> (hour >= hour_before AND hour <= hour_after) AS is_near,
     -- Those of ts are for the table's key
     (ts, at) -> (
         at >= {since:DateTime64(6, 'UTC')} AND at < {until:DateTime64(6, 'UTC')}
@@ -299,7 +301,7 @@ WITH
     (
         SELECT hour, address, groupUniqArray(toString(host)) AS hosts
         FROM tcp_addresses
-        WHERE hour >= hour_before AND hour <= hour_after
+        WHERE is_near(hour)
         GROUP BY hour, address
     ),
     shared AS
@@ -319,17 +321,18 @@ WITH
             ) AS key,
             groupUniqArray(2)(node) AS servers
         FROM tcp_listeners
-        WHERE hour >= hour_before AND hour <= hour_after
+        WHERE is_near(hour)
         GROUP BY key
     ),
     contested AS
     (
         SELECT cityHash64(
-            arrayJoin([hour - INTERVAL 1 HOUR, hour, hour + INTERVAL 1 HOUR]) AS near_hour,
+            arrayJoin([hour - INTERVAL 1 HOUR, hour, hour + INTERVAL 1 HOUR])
+                AS near_hour,
             daddr, dport
         )
         FROM tcp_listeners
-        WHERE hour >= hour_before AND hour <= hour_after
+        WHERE is_near(hour)
         GROUP BY near_hour, daddr, dport
         HAVING uniqExact(node) > 1
     ),
@@ -356,7 +359,7 @@ WITH
             FROM tcp_events
             WHERE
                 event IN ('accept', 'accepts')
-                AND toStartOfHour(ts) >= hour_before AND toStartOfHour(ts) <= hour_after
+                AND is_near(toStartOfHour(ts))
                 AND cityHash64(toStartOfHour(at), daddr, dport)
                     GLOBAL IN (SELECT * FROM contested)
             GROUP BY hour, line
@@ -370,7 +373,8 @@ WITH
         WITH
             toStartOfHour(at) AS event_hour,
             if(
-                cityHash64(event_hour, daddr, dport) GLOBAL IN (SELECT * FROM contested),
+                cityHash64(event_hour, daddr, dport)
+                    GLOBAL IN (SELECT * FROM contested),
                 (saddr, at), (toIPv6('::'), never)
             ) AS event_start,
             if(event = 'connected', toUInt8(log2(latency_us + 1)) + 1, 0) AS rank
@@ -406,7 +410,9 @@ WITH
         SELECT
             client,
             multiIf(
-                length(servers) = 1, servers[1], near.server != 0, near.server, far.server
+                length(servers) = 1, servers[1],
+                near.server != 0, near.server,
+                far.server
             ) AS server,
             if(server = 0, keyed.hour, toDateTime(0, 'UTC')) AS edge_hour,
             if(server = 0, keyed.other, toIPv6('::')) AS edge_other,
@@ -428,7 +434,8 @@ WITH
         FROM
         (
             SELECT
-                toStartOfHour(at) AS hour, saddr, sport, daddr, dport, at AS time, loopback,
+                toStartOfHour(at) AS hour, saddr, sport, daddr, dport, at AS time,
+                loopback,
                 toString(host) AS host, node, tid,
                 if(event = 'accepts', count, 1) AS number
             FROM tcp_events
@@ -437,7 +444,7 @@ WITH
                 AND cityHash64(hour, saddr, daddr, dport, loopback) GLOBAL NOT IN (
                     SELECT cityHash64(hour, saddr, daddr, dport, loopback)
                     FROM tcp_destinations
-                    WHERE hour >= hour_before AND hour <= hour_after
+                    WHERE is_near(hour)
                 )
         ) AS a
         LEFT JOIN owners ON owners.hour = a.hour AND owners.address = a.saddr
@@ -447,14 +454,15 @@ WITH
         ) NOT IN (
             SELECT cityHash64(hour, toString(host), daddr, dport)
             FROM tcp_destinations
-            WHERE hour >= hour_before AND hour <= hour_after
+            WHERE is_near(hour)
         )
     ),
     -- Connects to where nobody listens
     astray AS
     (
         SELECT
-            toStartOfHour(at) AS hour, node AS client, saddr, sport, daddr, dport, at AS time,
+            toStartOfHour(at) AS hour, node AS client, saddr, sport, daddr, dport,
+            at AS time,
             if(event = 'connected', toUInt8(log2(latency_us + 1)) + 1, 0) AS bucket
         FROM tcp_events
         WHERE
@@ -462,7 +470,7 @@ WITH
             AND (daddr, dport) GLOBAL NOT IN (
                 SELECT daddr, dport
                 FROM tcp_listeners
-                WHERE hour >= hour_before AND hour <= hour_after
+                WHERE is_near(hour)
             )
     ),
     -- Their other ends: accepts from there without a connect of the same ports
@@ -480,15 +488,13 @@ WITH
             GLOBAL INNER JOIN astray AS c ON c.saddr = a.saddr AND c.sport = a.sport
             WHERE
                 a.event = 'accept' AND apart <= 10000000
-                AND toStartOfHour(a.ts) >= hour_before
-                AND toStartOfHour(a.ts) <= hour_after
+                AND is_near(toStartOfHour(a.ts))
                 AND cityHash64(a.saddr, a.sport, a.daddr, a.dport) GLOBAL NOT IN (
                     SELECT cityHash64(saddr, sport, daddr, dport)
                     FROM tcp_events
                     WHERE
                         event IN ('connect', 'connected')
-                        AND toStartOfHour(ts) >= hour_before
-                        AND toStartOfHour(ts) <= hour_after
+                        AND is_near(toStartOfHour(ts))
                         AND (saddr, sport) GLOBAL IN (SELECT saddr, sport FROM astray)
                 )
             ORDER BY apart
@@ -530,15 +536,17 @@ WITH
             SELECT * FROM looked_up
             UNION ALL
             SELECT
-                0, node, hour, saddr, dport, loopback, 0, toInt64(number), 0, 0, 0, time, time
+                0, node, hour, saddr, dport, loopback, 0, toInt64(number), 0, 0, 0,
+                time, time
             FROM lone
             WHERE cityHash64(host, saddr, sport, time) NOT IN (
                 SELECT id FROM dnat UNION ALL SELECT id FROM snat
             )
             UNION ALL
             -- A connect that has a server even so
-            SELECT client, part.1, part.2, part.3, dport, 0, bucket, part.4, 0, 0, 0, time,
-                time
+            SELECT
+                client, part.1, part.2, part.3, dport, 0, bucket, part.4, 0, 0, 0,
+                time, time
             FROM dnat
             ARRAY JOIN [
                 (0, hour, daddr, -1),
@@ -555,7 +563,7 @@ WITH
             node, any(toString(host)) AS host, any(toString(unit)) AS unit,
             any(toString(name)) AS name
         FROM tcp_nodes
-        WHERE hour >= hour_before AND hour <= hour_after
+        WHERE is_near(hour)
         GROUP BY node
     ),
     -- With names, and the latency as it is stored
@@ -630,6 +638,7 @@ FROM
     WHERE known != '' AND hour >= stored_since AND hour < stored_until
 ) AS maps
 GROUP BY
-    client_host, client_unit, if(client_unit = '', maps.client_comm, ''), client_address,
-    server_host, server_unit, if(server_unit = '', maps.server_comm, ''), server_address,
-    port, known;
+    client_host, client_unit, if(client_unit = '', maps.client_comm, ''),
+    client_address,
+    server_host, server_unit, if(server_unit = '', maps.server_comm, ''),
+    server_address, port, known;
