@@ -1,4 +1,4 @@
-"""Measure examples/fleet on generated rows: the join's time and memory, what rows take
+"""Measure examples/fleet on generated rows: the map's time and memory, what rows take
 on disk, and servicemap as a command.
 
 USAGE: bench_fleet.py
@@ -11,15 +11,14 @@ ports come again up to three times in the day; all accepts are inserted after al
 connects. chdb is set as servicemap sets it. Each size has a process of its own, and so
 a peak of its own: that is the most memory that the process has had, with Python, the
 engine's library and the insert. A peak over 1 GB is an error. How many connections
-there must be is counted without the join, and the join has to agree. MB are 10^6 bytes.
+there must be is counted from how the rows are made. MB are 10^6 bytes.
 """
 
+import contextlib
 import importlib.util
 import json
-import math
 import pathlib
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,8 +26,7 @@ import time
 from importlib.machinery import SourceFileLoader
 
 SERVICEMAP = pathlib.Path(__file__).resolve().parents[1] / "examples/fleet/servicemap"
-# Rows; fewer stay in memory, and take less each
-SIZES = [1_250_000, 2_500_000, 5_000_000, 10_000_000]
+SIZES = [1_000_000, 10_000_000]  # rows
 REPEATS = 3
 MOST_MB = 1000  # for all that is measured here
 INSERT_CONNECTIONS = 250_000  # per batch
@@ -67,14 +65,15 @@ SELECT
         toInt64(
             1795392000000000 + n * intDiv(86400000000, {connections})
             + cityHash64(n, 3) % 1000
-            + if(is_client, 0, 50 + cityHash64(n, 4) % 5000)
+            + if(is_client, 100 + cityHash64(n, 7) % 2000, 50 + cityHash64(n, 4) % 5000)
         ),
         'UTC'
     ) AS ts,
     concat(
         if(is_client, 'client', 'server'), toString(if(is_client, client, server))
     ) AS host,
-    if(is_client, 'connect', 'accept') AS event,
+    if(is_client, 'connected', 'accept') AS event,
+    if(is_client, 100 + cityHash64(n, 7) % 2000, 0) AS latency_us,
     toUInt32(if(is_client, 1000 + cityHash64(n, 5) % 300, 900 + server)) AS pid,
     toUInt32(pid + cityHash64(n, 6) % 16) AS tid,
     toUInt32(if(is_client, 1000, 33)) AS uid,
@@ -92,21 +91,29 @@ ARRAY JOIN range(if(luck % 50 = 1, 2, 1))
 WHERE luck % 50 != 0
 """
 COLUMNS = (
-    "ts, host, event, pid, tid, uid, comm, saddr, sport, daddr, dport, netns, cgroup"
+    "ts, host, event, latency_us, pid, tid, uid, comm, saddr, sport, daddr, dport, "
+    "netns, cgroup"
 )
 
-# {known: connections}, without a join.
+# {known: connections}: each connect is an edge; an accept is one only if its client
+# made no connect to the server in that hour, or within a minute of it.
 EXPECTED = """
-SELECT
-    multiIf(
-        cityHash64(number, 1) % 50 = 0, 'server',
-        cityHash64(number, 2) % 50 = 0, 'client',
-        'both'
-    ) AS known,
-    count() AS connections
-FROM numbers({connections})
-WHERE cityHash64(number, 1) % 50 != 0 OR cityHash64(number, 2) % 50 != 0
-GROUP BY known
+WITH
+    connects AS ({connects}),
+    accepts AS ({accepts}),
+    (client, server, hour) -> cityHash64(client, server, hour) AS pair
+SELECT 'both' AS known, count() AS connections
+FROM (SELECT DISTINCT * FROM connects)
+UNION ALL
+SELECT 'server', count()
+FROM (SELECT DISTINCT * FROM accepts)
+WHERE pair(saddr, daddr, toStartOfHour(ts)) NOT IN (
+    SELECT pair(saddr, daddr, arrayJoin([
+        toStartOfHour(ts - INTERVAL latency_us MICROSECOND - INTERVAL 1 MINUTE),
+        toStartOfHour(ts - INTERVAL latency_us MICROSECOND + INTERVAL 1 MINUTE)
+    ]))
+    FROM connects
+)
 """
 
 STORED = """
@@ -122,8 +129,18 @@ def load_servicemap():
         importlib.util.spec_from_loader("servicemap", loader)
     )
     loader.exec_module(module)
-    module.import_chdb()
     return module
+
+
+@contextlib.contextmanager
+def database():
+    """servicemap as a module, and its database, empty."""
+    servicemap = load_servicemap()
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        servicemap.database(directory) as session,
+    ):
+        yield servicemap, session
 
 
 def insert(session, connections):
@@ -168,21 +185,26 @@ def check_peaks(found):
 
 def join(rows):
     """What servicemap.sql takes over so many rows, and the bytes of a row on disk."""
-    servicemap = load_servicemap()
     connections = rows // 2
-    query = (SERVICEMAP.parent / "servicemap.sql").read_text()
-    with servicemap.database() as session:
+    with database() as (servicemap, session):
         insert(session, connections)
         expected = count_expected(servicemap, session, connections)
+        query = servicemap.sql_file("servicemap")
+        session.query(
+            "OPTIMIZE TABLE tcp_events FINAL"
+        )  # merges would be measured, too
         found = repeated(lambda: agree(expected, servicemap.ask(session, query)))
-        session.query("OPTIMIZE TABLE tcp_events FINAL")
         [stored] = servicemap.ask(session, STORED)
     return {**found, "disk": stored["bytes"] / stored["rows"]}
 
 
 def count_expected(servicemap, session, connections):
     """{known: connections} as they have to be."""
-    rows = servicemap.ask(session, EXPECTED.format(connections=connections))
+    connects, accepts = (
+        ROWS.format(side=side, connections=connections, start=0, count=connections)
+        for side in (1, 2)
+    )
+    rows = servicemap.ask(session, EXPECTED.format(connects=connects, accepts=accepts))
     return {row["known"]: row["connections"] for row in rows}
 
 
@@ -191,9 +213,7 @@ def agree(expected, answer):
     for row in answer:
         found[row["known"]] += row["connections"]
     if found != expected:
-        sys.exit(
-            f"bench_fleet: error: the join says {found}, where {expected} is right"
-        )
+        sys.exit(f"bench_fleet: error: the map says {found}, where {expected} is right")
 
 
 def write_lines(session, rows, path):
@@ -204,21 +224,18 @@ def write_lines(session, rows, path):
 
 def load(lines):
     """What it takes to put so many lines into chdb, as servicemap does."""
-    servicemap = load_servicemap()
     rows = ROWS.format(side=1, connections=2 * lines, start=0, count=2 * lines)
-    with tempfile.TemporaryDirectory() as directory, servicemap.database() as session:
-        write_lines(
-            session, f"SELECT * FROM ({rows}) LIMIT {lines}", f"{directory}/lines"
-        )
-        return repeated(lambda: servicemap.load(session, [f"{directory}/lines"]))
+    with database() as (servicemap, session), tempfile.TemporaryDirectory() as top:
+        path = f"{top}/lines"
+        write_lines(session, f"SELECT * FROM ({rows}) LIMIT {lines}", path)
+        return repeated(lambda: servicemap.load(session, path, path))
 
 
 def script(lines, *args):
     """What servicemap takes for so many lines, with loading them, as a command."""
-    servicemap = load_servicemap()
     connections = lines // 2
     with tempfile.TemporaryDirectory() as directory:
-        with servicemap.database() as session:
+        with database() as (servicemap, session):
             expected = count_expected(servicemap, session, connections)
             for side in (1, 2):
                 rows = ROWS.format(
@@ -234,16 +251,10 @@ def script(lines, *args):
     return children(seconds)
 
 
-def since(lines):
-    """The same with --since, all of them new."""
-    return script(lines, "--since", "2026-01-01T00:00:00Z")
-
-
 def large_map(edges):
     """What servicemap takes for a map of so many edges, as a command."""
-    servicemap = load_servicemap()
     with tempfile.TemporaryDirectory() as directory:
-        with servicemap.database() as session:
+        with database() as (_, session):
             write_lines(session, CLIENTS.format(edges=edges), f"{directory}/lines")
         began = time.monotonic()
         command = [sys.executable, SERVICEMAP, f"{directory}/lines"]
@@ -277,25 +288,16 @@ def measure(what, number):
 
 def figures():
     """Yields a dict for each figure: tool, figure, values (one for each repeat)."""
-    cpu_seconds = {}
     for rows in SIZES:
         found = measure("join", rows)
-        cpu_seconds[rows] = found["cpu_seconds"]
-        join_of = f"join of {rows:,} rows"
-        yield figure("servicemap.sql", f"{join_of}, s", found["seconds"])
-        yield figure("servicemap.sql", f"{join_of}, CPU s", found["cpu_seconds"])
+        map_of = f"map of {rows:,} rows"
+        yield figure("servicemap.sql", f"{map_of}, s", found["seconds"])
+        yield figure("servicemap.sql", f"{map_of}, CPU s", found["cpu_seconds"])
         for number in (1, REPEATS):  # servicemap does one
-            peak = f"{join_of}, peak of the process after {number}, MB"
+            peak = f"{map_of}, peak of the process after {number}, MB"
             yield figure("servicemap.sql", peak, [found["peaks"][number - 1]])
         disk = [found["disk"]]
         yield figure("tcp_events", f"a row of {rows:,} on disk, bytes", disk)
-    smallest = SIZES[0]
-    for rows in SIZES[1:]:
-        n_log_n = rows * math.log(rows) / (smallest * math.log(smallest))
-        least = statistics.median(cpu_seconds[smallest]) * n_log_n
-        growth = [seconds / least for seconds in cpu_seconds[rows]]
-        grown = f"CPU time of {rows:,} rows over that of {smallest:,}, in n log n"
-        yield figure("servicemap.sql", grown, growth)
     found = measure("load", LINES)
     yield figure("servicemap", f"load {LINES:,} lines, s", found["seconds"])
     yield figure("servicemap", f"load {LINES:,} lines, CPU s", found["cpu_seconds"])
@@ -303,7 +305,6 @@ def figures():
     yield figure("servicemap", peak, found["peaks"][-1:])
     for what, number, whole in (
         ("script", SIZES[-1], f"{SIZES[-1]:,} lines as a command"),
-        ("since", SIZES[-1], f"{SIZES[-1]:,} lines as a command, --since"),
         ("large_map", EDGES, f"a map of {EDGES:,} edges as a command"),
     ):
         found = measure(what, number)
@@ -318,7 +319,7 @@ def figure(tool, what, values):
 
 def main():
     if sys.argv[1:]:
-        parts = join, load, script, since, large_map
+        parts = join, load, script, large_map
         part = {part.__name__: part for part in parts}[sys.argv[1]]
         print(json.dumps(part(int(sys.argv[2]))))
         return

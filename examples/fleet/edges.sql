@@ -1,8 +1,5 @@
 -- edges.sql  Fills tcp_edges: stores the map of each hour, so that it outlives the
--- events.
---
--- For a ClickHouse server, 24.10 or newer. On a cluster, for one server, in the
--- database fleet.
+-- events. On a cluster, for one server, in the database fleet.
 --
 -- Each refresh stores one hour: the oldest that has events and comes after those that
 -- are stored, if it ended two hours ago. So long may rows be on their way. After a
@@ -21,19 +18,18 @@ WITH
         toStartOfHour(now('UTC') - INTERVAL 7 DAY)
     ) AS first_hour,
     (
-        SELECT toStartOfHour(min(ts))   -- 1970 if there is none
-        FROM tcp_events
-        WHERE
-            ts >= first_hour AND toStartOfHour(ts) >= first_hour
-            AND ts < toStartOfHour(now('UTC') - INTERVAL 2 HOUR)
+        SELECT min(hour)    -- 1970 if there is none
+        FROM tcp_nodes
+        WHERE hour >= first_hour AND hour < toStartOfHour(now('UTC') - INTERVAL 2 HOUR)
     ) AS next_hour
 SELECT next_hour AS hour, *
 FROM
 (
-    SELECT * FROM tcp_map(since = next_hour, until = next_hour + INTERVAL 1 HOUR)
+    SELECT * EXCEPT (latency_us_p50, latency_us_p99)
+    FROM tcp_map(since = next_hour, until = next_hour + INTERVAL 1 HOUR)
     UNION ALL
-    SELECT '', '', '', '', '', '', 0, '', 0, next_hour, next_hour, ''
+    SELECT '', '', '', '', '', '', '', '', 0, '', 0, 0, map(), next_hour, next_hour
 )
 WHERE next_hour >= first_hour AND uptime() >= 1800
-ORDER BY connections DESC
+ORDER BY connections DESC, known DESC
 SETTINGS distributed_foreground_insert = 1;

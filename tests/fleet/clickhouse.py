@@ -66,7 +66,6 @@ CONFIG = """
             <grants>
                 <query>GRANT SELECT ON fleet.*</query>
                 <query>GRANT SELECT ON fleet_local.*</query>
-                <query>GRANT REMOTE ON *.*</query>
             </grants>
         </reader>
     </users>

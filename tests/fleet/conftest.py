@@ -7,11 +7,9 @@ from .events import Database, servicemap
 
 
 @pytest.fixture(scope="session")
-def database():
+def database(tmp_path_factory):
     """One for all tests: each load() empties it first."""
-    servicemap.import_chdb()
-    with servicemap.database() as session:
-        session.query("ALTER TABLE tcp_edges REMOVE TTL")  # the hours here grow old
+    with servicemap.database(tmp_path_factory.mktemp("chdb")) as session:
         yield Database(session)
 
 

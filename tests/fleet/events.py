@@ -44,7 +44,7 @@ def timestamp(at):
 
 
 def event(kind, at, host, comm, saddr=WEB1, sport=40000, daddr=DB2, dport=80, **more):
-    return {
+    row = {
         "ts": timestamp(at),
         "host": host,
         "event": kind,
@@ -57,8 +57,10 @@ def event(kind, at, host, comm, saddr=WEB1, sport=40000, daddr=DB2, dport=80, **
         "sport": sport,
         "daddr": daddr,
         "dport": dport,
-        **dict(netns=4026531840, cgroup=5251, **more),
+        "netns": 4026531840,
+        "cgroup": 5251,
     }
+    return row | more
 
 
 def connect(at, comm="curl", host="web1", **more):
@@ -81,6 +83,21 @@ def pair(at, comm="curl", server="nginx", sport=40000, **more):
     ]
 
 
+def connected(at, comm="curl", host="web1", latency_us=100, **more):
+    """A connect at that time, which took so long: tcpconnect -l."""
+    return event(
+        "connected", at + latency_us, host, comm, latency_us=latency_us, **more
+    )
+
+
+def counted(kind, at, count, host, process, interval_s=60, **more):
+    """A row of -c -i: of the interval from that time on."""
+    row = event(kind, at + interval_s * SECOND, host, process, **more)
+    for name in ("pid", "tid", "uid", "comm", "sport"):
+        del row[name]
+    return {**row, "process": process, "count": count, "interval_s": interval_s}
+
+
 def lost(host, count, at=500_000, reason="buffer_full"):
     return {
         "ts": timestamp(at),
@@ -97,6 +114,8 @@ def text(events):
 
 # ---- answers
 
+TABLES = ("events", "nodes", "listeners", "destinations", "addresses", "edges")
+
 
 class Database:
     """The database of servicemap, with what load() was last given."""
@@ -109,26 +128,36 @@ class Database:
         again: rows are one only after that, by FINAL.
         """
         self.events = events
-        self.session.query("TRUNCATE TABLE tcp_events; TRUNCATE TABLE tcp_edges")
+        for table in TABLES:
+            self.session.query(f"TRUNCATE TABLE tcp_{table}")
         for _ in range(2):
-            assert servicemap.load_chunk(self.session, text(events)) == []
-            if edges:
-                rows = text(edges).decode()
-                self.session.query(f"INSERT INTO tcp_edges FORMAT JSONEachRow {rows}")
+            self.insert("lines", events)
+            self.insert("tcp_edges", edges)
+
+    def insert(self, table, rows):
+        if rows:
+            rows = text(rows).decode()
+            self.session.query(f"INSERT INTO {table} FORMAT JSONEachRow {rows}")
 
     def ask(self, query="servicemap", since=servicemap.BEGIN, until=servicemap.END):
         """The rows that a query gives; without a time, of all events."""
-        self.session.query(f"SET param_since = '{since}', param_until = '{until}'")
-        return servicemap.ask(self.session, (FLEET / f"{query}.sql").read_text())
+        sql = servicemap.sql_file(query)
+        return servicemap.ask(self.session, sql, since, until)
 
     def answer(self, events, query="servicemap"):
         self.load(events)
         return self.ask(query)
 
 
+END = ("host", "comm", "address")
+ENDS = [f"{side}_{name}" for side in ("client", "server") for name in END]
+
+
 def edges_of(rows):
     """{(client host, name, address, server host, name, address, port): connections}"""
-    return {tuple(row.values())[:7]: row["connections"] for row in rows}
+    return {
+        (*(row[name] for name in ENDS), row["port"]): row["connections"] for row in rows
+    }
 
 
 def edge(client="web1 curl", server="db2 nginx", port=80):

@@ -9,6 +9,7 @@ from .events import (
     Cases,
     accept,
     connect,
+    connected,
     edge,
     edges_of,
     moment,
@@ -17,6 +18,7 @@ from .events import (
 )
 
 SINCE, UNTIL = 2 * HOUR + 7 * SECOND, 3 * HOUR + 11 * SECOND
+LATE = 5 * HOUR
 NEW = "changes", moment(SINCE), moment(UNTIL)
 
 CASES = Cases()
@@ -50,14 +52,15 @@ def the_time_is_exact():
 
 @CASES()
 def an_edge_is_another_with_another_process_host_or_port():
+    other = {"daddr": "10.0.0.9"}
     ask = yield [
         *pair(0),
         *pair(SINCE, sport=1),
         *pair(SINCE, "wget", sport=2),
-        *pair(SINCE, server="caddy", sport=3),
+        *pair(SINCE + SECOND, server="caddy", sport=3),
         *pair(SINCE, dport=443, sport=4),
-        *(connect(SINCE, host="web3", sport=5), accept(SINCE + 1, sport=5)),
-        *(connect(SINCE, sport=6), accept(SINCE + 1, host="db4", sport=6)),
+        connect(SINCE, host="web3", sport=5),
+        *(connect(SINCE, **other), accept(SINCE + 1, host="db4", **other)),
     ]
     assert edges_of(ask(*NEW)) == {
         edge("web1 wget"): 1,
@@ -68,7 +71,48 @@ def an_edge_is_another_with_another_process_host_or_port():
     }
 
 
-# What is known of an edge before and after
+UNIT = {"cgroup_path": "/system.slice/app.service"}
+LOGIN = {"cgroup_path": "/user.slice/user-0.slice/session-3.scope"}
+
+
+def container(digit):
+    return {"cgroup_path": f"/system.slice/docker-{digit * 64}.scope"}
+
+
+@CASES(
+    "the same container: old",
+    "another container: old",
+    "another process of the unit: old",
+    "another login: old",
+    "another process in a container: new",
+    "another unit: new",
+)
+def a_service_is_a_unit_or_a_process_in_any_container(case):
+    what, _, expected = case.partition(": ")
+    before, after = {
+        "the same container": (("java", container("a")), ("java", container("a"))),
+        "another container": (("java", container("a")), ("java", container("b"))),
+        "another process of the unit": (("ruby", UNIT), ("sh", UNIT)),
+        "another login": (("ssh", LOGIN), ("ssh", {})),
+        "another process in a container": (
+            ("java", container("a")),
+            ("sh", container("b")),
+        ),
+        "another unit": (
+            ("ruby", UNIT),
+            ("ruby", {"cgroup_path": "/system.slice/app2.service"}),
+        ),
+    }[what]
+    ask = yield [
+        connect(0, before[0], sport=1, **before[1]),
+        connect(SINCE, after[0], sport=2, **after[1]),
+        *(accept(at, sport=n + 3) for n, at in enumerate((9, SINCE + 9))),
+    ]
+    assert len(ask(*NEW)) == (expected == "new")
+
+
+# What is known of an edge before and after: hours apart, for a listener of the hour
+# before is known, too
 @CASES(
     "C A, C: old",
     "C A, A: old",
@@ -88,17 +132,13 @@ def an_end_that_is_not_known_is_no_change(case):
 
     addresses = [
         one
-        for at in (5, SINCE + 5)
+        for at in (5, LATE + 5)
         for one in pair(at, "ssh", "sshd", sport=7, dport=22)
     ]
-    others = connect(SINCE, "wget", sport=8), accept(SINCE, "caddy", sport=9)
     edges, _, expected = case.partition(": ")
     before, _, after = edges.partition(", ")
-    ask = yield [*made(0, before, 1), *made(SINCE, after, 2), *addresses, *others]
-    rows = ask(*NEW)
-    new = [row for row in rows if {"wget", "caddy"}.isdisjoint(row.values())]
-    is_new = expected == "new"
-    assert (len(new), len(rows)) == (is_new, 2 + is_new)
+    ask = yield [*made(0, before, 1), *made(LATE, after, 2), *addresses]
+    assert len(ask("changes", moment(LATE))) == (expected == "new")
 
 
 @CASES()
@@ -113,17 +153,6 @@ def an_external_host_is_its_address():
         edge(server="? 198.51.100.8"): 1,
         edge(client="? 198.51.100.9"): 1,
     }
-
-
-@CASES()
-def an_edge_is_the_same_if_it_is_translated():
-    ask = yield [
-        *pair(0),
-        connect(SINCE, sport=7),
-        accept(SINCE + 5, daddr="172.17.0.2", sport=7),
-    ]
-    assert [row["nat"] for row in ask()] == ["", "dnat"]
-    assert ask(*NEW) == []
 
 
 @pytest.mark.parametrize("name", CASES.tests)
@@ -142,6 +171,7 @@ def stored(at, comm="curl", connections=7):
     row = {"client_host": "web1", "client_comm": comm, "server_host": "db2"}
     row |= {"server_comm": "nginx", "port": 80, "known": "both"}
     row |= {"first_seen": first, "last_seen": last, "connections": connections}
+    row |= {"failures": 2, "latency": {"7": connections}}
     return [{"hour": hour, **row}, {"hour": hour, "first_seen": hour}]
 
 
@@ -177,3 +207,24 @@ def test_hours_that_are_stored_count_once(database):
     assert changes(HOUR, 2 * HOUR + 3) == {**both, edge(): 5}
     # Its edge without events has no place in a part of the hour
     assert changes(HOUR, HOUR + 1) == {edge(): 1}
+
+
+def test_the_map_of_stored_hours_and_today_is_one(database):
+    """Whole hours that are stored, the events of all others; failures and latency of
+    both.
+    """
+    events = [*pair(HOUR + 5, sport=1), *pair(2 * HOUR + 5, sport=2)]
+    events += [connected(2 * HOUR + 7, sport=3, latency_us=3000)]
+    database.load(events, stored((HOUR, HOUR + 9), connections=11))
+
+    def found(*times):
+        rows = database.ask("servicemap", *map(moment, times))
+        return [(row["connections"], row["failures"]) for row in rows]
+
+    assert found(0, 3 * HOUR) == [(13, 2)]
+    assert found(HOUR, 2 * HOUR) == [(11, 2)]
+    assert found(HOUR + 1, 3 * HOUR) == [(3, 0)]
+    assert found(HOUR, 2 * HOUR - 1) == [(1, 0)]
+    [row] = database.ask()
+    assert 64 < row["latency_us_p50"] < 128
+    assert 2048 < row["latency_us_p99"] < 4096

@@ -96,20 +96,21 @@ def network():
             subprocess.run(["ip", *command.split()], check=False)
 
 
-def enter(host, cgroups, container=None):
-    """Make this process one of that host: in its cgroup, and in its network namespace
-    or that of a container.
+def enter(host, cgroup, container=None):
+    """Make this process one of that host: in this cgroup of it, and in its network
+    namespace or that of a container.
     """
-    (cgroups / host / "cgroup.procs").write_text(str(os.getpid()))
+    cgroup.mkdir(exist_ok=True)
+    (cgroup / "cgroup.procs").write_text(str(os.getpid()))
     with open(f"/run/netns/{container or host}") as namespace:
         assert ctypes.CDLL(None).setns(namespace.fileno(), CLONE_NEWNET) == 0
 
 
-def serve(host, cgroups, listening, ready):
+def serve(host, cgroup, listening, ready):
     """Accept on all these (address, port) until killed, and greet each client once it
     has been accepted.
     """
-    enter(host, cgroups)
+    enter(host, cgroup)
     servers = [
         socket.create_server(
             one,
@@ -127,11 +128,11 @@ def serve(host, cgroups, listening, ready):
                     connection.recv(1)  # the client closes it
 
 
-def connect(host, cgroups, container, family, to, count, ports):
+def connect(host, cgroup, container, family, to, count, ports):
     """Connect to an (address, port) `count` times, each accepted before the next, from
     these local ports if any.
     """
-    enter(host, cgroups, container)
+    enter(host, cgroup, container)
     for i in range(count):
         with socket.socket(family) as client:
             if ports:
@@ -143,8 +144,8 @@ def connect(host, cgroups, container, family, to, count, ports):
             assert client.recv(1) == b"."
 
 
-def connect_refused(host, cgroups, to, count):
-    enter(host, cgroups)
+def connect_refused(host, cgroup, to, count):
+    enter(host, cgroup)
     for _ in range(count):
         with socket.socket() as client, pytest.raises(ConnectionRefusedError):
             client.connect(to)
@@ -158,19 +159,24 @@ class Fleet:
     def __init__(self, start, cgroups):
         self.start, self.cgroups, self.done, self.servers = start, cgroups, [], []
         for host in HOSTS:
-            (cgroups / host).mkdir()
+            (cgroups / f"{host}.slice").mkdir()
+
+    def cgroup(self, host, comm):
+        """That of a process: a service of its name, as with systemd."""
+        return self.cgroups / f"{host}.slice" / f"{comm}.service"
 
     def tools(self, host, *commands):
         """Start tools on a host, by its name; they see no other host's processes."""
         name = ("sh", "-c", 'hostname "$0" && exec "$@"', host)
         wrapper = ("nsenter", f"--net=/run/netns/{host}", "unshare", "--uts", *name)
-        held = f"--json --cgroup {self.cgroups / host}"
+        held = f"--json --cgroup {self.cgroups / host}.slice"
         commands = [f"{command} {held}" for command in commands]
         return self.start(*commands, options={"wrapper": wrapper})
 
     def serve(self, host, comm, *listening):
         reader, writer = os.pipe()
-        worker = Worker(comm.encode(), serve, host, self.cgroups, listening, writer)
+        cgroup = self.cgroup(host, comm)
+        worker = Worker(comm.encode(), serve, host, cgroup, listening, writer)
         read_byte(reader, f"{comm}'s sockets")
         self.servers.append(worker.pid)
 
@@ -195,7 +201,8 @@ class Fleet:
         the two are matched then, or None if they cannot be.
         """
         family = family or (socket.AF_INET6 if ":" in address else socket.AF_INET)
-        args = (client, self.cgroups, container, family, (address, port), count, ports)
+        cgroup = self.cgroup(client, comm)
+        args = (client, cgroup, container, family, (address, port), count, ports)
         Worker(comm.encode(), connect, *args).report()
         source = ADDRESSES[client][":" in address and not address.startswith("::ffff:")]
         source = CONTAINER if container else source
@@ -221,7 +228,7 @@ class Fleet:
 
     def refused(self, count, client, comm, server, port):
         address = ADDRESSES[server][0]
-        args = (client, self.cgroups, (address, port), count)
+        args = (client, self.cgroup(client, comm), (address, port), count)
         Worker(comm.encode(), connect_refused, *args).report()
         self.note(
             "failures",
@@ -269,6 +276,7 @@ def test_three_hosts(start, cgroups):
 WEB, APP, DB, EXTERNAL = (ADDRESSES[host][0] for host in HOSTS)
 WEB6, APP6 = ADDRESSES["web1"][1], ADDRESSES["app2"][1]
 LOCAL = "127.0.0.1"
+TOOLS = "tcpconnect -l", "tcpaccept"
 
 
 def work(fleet):
@@ -278,13 +286,13 @@ def work(fleet):
     fleet.serve("db3", "postgres", ("::", 5432), (LOCAL, 8080))
     fleet.serve("external", "mail", (EXTERNAL, 25))
 
-    web_tools = fleet.tools("web1", "tcpconnect", "tcpaccept", "tcpconnect -x")
-    app_tools = fleet.tools("app2", "tcpconnect", "tcpaccept")
+    web_tools = fleet.tools("web1", *TOOLS)
+    app_tools = fleet.tools("app2", *TOOLS)
     # Before db3's tools are on
     fleet.connect(
         11, "app2", "migrate", "db3", "postgres", DB, 5432, seen=(True, False)
     )
-    db_tools = fleet.tools("db3", "tcpconnect", "tcpaccept")
+    db_tools = fleet.tools("db3", *TOOLS)
     work_between_hosts(fleet)
     work_with_the_same_ports(fleet)
     work_with_translation(fleet)
@@ -296,7 +304,7 @@ def work(fleet):
         41, "web1", "deploy", "app2", "gunicorn", APP, 8000, seen=(True, False)
     )
     fleet.connect(43, "app2", "deploy", "web1", "nginx", WEB6, 80, seen=(False, True))
-    app_tools += fleet.tools("app2", "tcpconnect", "tcpaccept")
+    app_tools += fleet.tools("app2", *TOOLS)
     fleet.connect(47, "web1", "monitor", "app2", "gunicorn", APP, 8000)
     fleet.connect(53, "app2", "monitor", "web1", "nginx", WEB6, 80)
 
