@@ -270,9 +270,9 @@ def children(pid):
     return pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-STATE = (
-    "ulimit -n; ulimit -l; ls /proc/self/fd; grep -E '^Sig(Blk|Ign)' /proc/$$/status"
-)
+# The last by exec: a shell blocks all signals while it starts a process
+SIGNALS = "exec grep -E '^Sig(Blk|Ign)' /proc/self/status"
+STATE = f"ulimit -n; ulimit -l; ls /proc/self/fd; {SIGNALS}"
 
 
 def test_what_the_command_gets(command):
