@@ -384,7 +384,7 @@ WITH
             any(event_start) AS start, any(rank) AS bucket,
             toInt64(countIf(event = 'connected') + sumIf(count, event = 'connects'))
                 AS made,
-            toInt64(countIf(event = 'connect')) AS begun,
+            toInt64(countIf(event = 'connect')) AS started,
             countIf(event = 'connect_failed') AS failures,
             toInt64(countIf(event = 'connect_failed' AND sport != 0)) AS ended,
             min(at) AS first_seen, max(at) AS last_seen
@@ -416,7 +416,7 @@ WITH
             ) AS server,
             if(server = 0, keyed.hour, toDateTime(0, 'UTC')) AS edge_hour,
             if(server = 0, keyed.other, toIPv6('::')) AS edge_other,
-            port, if(server = 0, keyed.local, 0) AS edge_local, bucket, made, begun,
+            port, if(server = 0, keyed.local, 0) AS edge_local, bucket, made, started,
             failures, ended, first_seen, last_seen
         FROM keyed
         LEFT JOIN listeners ON listeners.key = keyed.key
@@ -528,7 +528,7 @@ WITH
         SELECT
             any(e.client) AS client, any(e.server) AS server, any(edge_hour) AS hour,
             any(edge_other) AS other, any(e.port) AS port, any(edge_local) AS local,
-            any(e.bucket) AS bucket, sum(e.made) AS made, sum(e.begun) AS begun,
+            any(e.bucket) AS bucket, sum(e.made) AS made, sum(e.started) AS started,
             sum(e.failures) AS failures, sum(e.ended) AS ended,
             min(e.first_seen) AS first_seen, max(e.last_seen) AS last_seen
         FROM
@@ -588,7 +588,7 @@ WITH
         (
             SELECT
                 client, server, hour, other, port, local,
-                sum(made) + greatest(sum(begun) - sum(ended), 0) AS connections,
+                sum(made) + greatest(sum(started) - sum(ended), 0) AS connections,
                 sum(edges.failures) AS failures,
                 mapFromArrays(
                     groupArrayIf(bucket, bucket > 0 AND made > 0),
